@@ -1,0 +1,1 @@
+"""Distilled Decoding: pretrained image autoregressive models as generators of one or two steps."""

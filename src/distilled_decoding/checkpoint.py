@@ -1,0 +1,163 @@
+"""Weights on disk: strict safetensors folders, hashed and written atomically.
+
+A component is a folder with `config.json` and `model.safetensors`. A training state is one safetensors file that
+holds modules, optimizers and the step, so that stopping and continuing changes nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Config = TypeVar("Config")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_atomically(temporary: Path, path: Path) -> None:
+    """Put a finished file in place so that a crash leaves either the old one or the new one."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    replace_atomically(temporary, path)
+
+
+def save_json(path: Path, value: Any) -> None:  # noqa: ANN401
+    """Write a JSON file atomically."""
+    save_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically (safetensors alone neither syncs nor gives others the right to read)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+    replace_atomically(temporary, path)
+
+
+def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors and metadata.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; is the folder complete?")
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch or make it again.") from error
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Copy tensors into a module; every key and shape must match.
+
+    Raises:
+        ValueError: names the first extra, missing or mis-shaped key.
+    """
+    own = module.state_dict()
+    for key in [*own, *tensors]:
+        if key not in tensors:
+            raise ValueError(f"{source} lacks {key!r}: it does not hold a {type(module).__name__} of this config.")
+        if key not in own:
+            raise ValueError(f"{source} has {key!r}, which a {type(module).__name__} of this config does not have.")
+        if own[key].shape != tensors[key].shape:
+            found, expected = tuple(tensors[key].shape), tuple(own[key].shape)
+            raise ValueError(f"{source}: {key!r} has shape {found}, but the config asks for {expected}.")
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def save_component(folder: Path, module: nn.Module, config: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+    """Write `config.json` (a dataclass) and `model.safetensors`, floats as `dtype`."""
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    save_tensors(folder / "model.safetensors", tensors)
+    save_json(folder / "config.json", dataclasses.asdict(config))
+
+
+def load_component(folder: Path, module: nn.Module) -> None:
+    """Fill a module, built from the folder's config, with the folder's weights as float32."""
+    path = folder / "model.safetensors"
+    tensors, _ = load_tensors(path)
+    load_strict(module, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, path)
+
+
+def load_json(path: Path) -> Any:  # noqa: ANN401
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is missing or is not JSON.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; is the folder complete?")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+
+
+def load_config(kind: type[Config], path: Path) -> Config:
+    """Read a dataclass from JSON, strictly.
+
+    Raises:
+        ValueError: a field is missing or unknown.
+    """
+    values = load_json(path)
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if set(values) != fields:
+        wrong = sorted(set(values) ^ fields)
+        raise ValueError(f"{path}: {', '.join(wrong)} missing or unknown for {kind.__name__}.")
+    hints = typing.get_type_hints(kind)
+    return kind(**{k: tuple(v) if typing.get_origin(hints[k]) is tuple else v for k, v in values.items()})
+
+
+def save_training(
+    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], step: int
+) -> None:
+    """Write everything a training loop needs to go on after `step` updates."""
+    tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}/{index}/{k}": v for k, v in state.items()}
+    save_tensors(path, tensors, {"step": str(step)})
+
+
+def load_training(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> int:
+    """Restore what `save_training` wrote and return its step.
+
+    Raises:
+        ValueError: the file does not fit the modules.
+    """
+    tensors, metadata = load_tensors(path)
+    for name, module in modules.items():
+        load_strict(module, {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}, path)
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(name + "/"):
+                _, index, field = key.split("/")
+                state.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])

@@ -1,0 +1,104 @@
+"""The distilled student on LlamaGen: the teacher's layers, reading codes or noise, with two heads.
+
+The class position comes first and attention is causal as in the teacher, but the input at a position is the
+code or the noise of that very token, and the output there predicts it. Parameter names are those of the
+published files.
+
+Axis letters: B batch, L positions or tokens, V codebook entries, C code channels, D width.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.condition import Condition
+from distilled_decoding.families.llamagen.transformer import (
+    Backbone,
+    LlamaGenTeacher,
+    TransformerConfig,
+    rope_table,
+)
+from distilled_decoding.student import StudentOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(TransformerConfig):
+    """Sizes of the student: the transformer's, and the number of code channels C."""
+
+    code_dim: int
+
+
+class CodeHead(nn.Module):
+    """Code vectors out of hidden states, modulated by the class."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(config.dim, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(config.dim, config.code_dim)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, config.dim))
+
+    def forward(self, hidden_BLD: Tensor, class_B1D: Tensor) -> Tensor:
+        """code_BLC; the class embedding enters both the shift (row 0) and the scale (row 1)."""
+        shift_B1D, scale_B1D = (self.scale_shift_table + class_B1D).split(1, dim=1)
+        return self.linear(self.norm_final(hidden_BLD) * (1 + scale_B1D) + shift_B1D)
+
+
+class LlamaGenStudent(Backbone):
+    """A `Student` of one token a block."""
+
+    config: StudentConfig
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__(config, dropout=0.0)
+        self.tok_embeddings = nn.Linear(config.code_dim, config.dim)
+        self.n_d_embed = nn.Embedding(2, config.dim)
+        self.final_layer_conti = CodeHead(config)
+        self.reset_parameters()
+
+    @classmethod
+    def from_teacher(cls, teacher: LlamaGenTeacher, seed: int = 0) -> "LlamaGenStudent":
+        """A student that begins where the teacher stands.
+
+        Class embedding, layers and logits head are the teacher's. Codes come in through the affine map that
+        fits the teacher's token embeddings best, the code head predicts zeros, and known and noise positions
+        differ by little.
+
+        Args:
+            teacher: left as it is; nothing is shared with it.
+            seed: of the noise/data embedding, the only part that is random.
+        """
+        transformer = teacher.transformer
+        config = StudentConfig(**asdict(transformer.config), code_dim=teacher.codebook.shape[1])
+        student = cls(config)
+        for part in ("cls_embedding", "layers", "norm", "output"):
+            getattr(student, part).load_state_dict(getattr(transformer, part).state_dict())
+        with torch.no_grad():
+            student._fit_input(teacher.codebook, transformer.tok_embeddings.weight)
+            student.n_d_embed.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
+            student.final_layer_conti.linear.weight.zero_()
+        return student.to(teacher.codebook.device)
+
+    @cached_property
+    def order(self) -> BlockOrder:
+        """One token a block, row by row."""
+        return BlockOrder.raster(self.config.num_tokens)
+
+    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
+        """See `Student.__call__`."""
+        class_B1D = self.cls_embedding(condition)
+        known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True)
+        x_BLD = torch.cat([class_B1D, self.tok_embeddings(code_BLC)], dim=1) + self.n_d_embed(known_BL.long())
+        hidden_BLD = self.run_layers(x_BLD, rope_table(self.config, x_BLD.device))[:, 1:]
+        code_BLC = self.final_layer_conti(hidden_BLD, class_B1D).float()
+        return StudentOutput(self.logits(hidden_BLD), code_BLC)
+
+    def _fit_input(self, codebook_VC: Tensor, embedding_VD: Tensor) -> None:
+        """Least squares for embedding_VD = codebook_VC @ weight.T + bias."""
+        design_VC = F.pad(codebook_VC.double().cpu(), (0, 1), value=1.0)
+        solution_CD = torch.linalg.lstsq(design_VC, embedding_VD.double().cpu()).solution
+        self.tok_embeddings.weight.copy_(solution_CD[:-1].T)
+        self.tok_embeddings.bias.copy_(solution_CD[-1])

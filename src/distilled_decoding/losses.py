@@ -1,0 +1,100 @@
+"""What the student learns from: partly known sequences (Eq. 5) and the distillation losses (Eq. 7).
+
+Axis letters: B batch, L tokens in a sequence, V codebook entries, C code channels, H W image.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distilled_decoding.student import StudentOutput
+
+Decode = Callable[[Tensor], Tensor]
+"""Codes [B, L, C] to images [B, 3, H, W]."""
+
+ImageDistance = Callable[[Tensor, Tensor], Tensor]
+"""A scalar distance of two image batches; gradients flow to the first."""
+
+
+def corrupt(noise_BLC: Tensor, code_BLC: Tensor, known_BL: Tensor) -> Tensor:
+    """The state X_n: known tokens hold their codes, the rest their noise (Eq. 5), [B, L, C]."""
+    return torch.where(known_BL.unsqueeze(-1), code_BLC, noise_BLC)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each part of the loss counts.
+
+    Attributes:
+        logits: cross-entropy of the logits head.
+        code: squared distance of the code head, summed over channels.
+        perceptual: distance of decoded images; 0 decodes nothing.
+
+    Raises:
+        ValueError: a negative weight, or none that is positive.
+    """
+
+    logits: float = 1.0
+    code: float = 1.0
+    perceptual: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = (self.logits, self.code, self.perceptual)
+        if min(values) < 0 or max(values) == 0:
+            raise ValueError(f"loss weights {values} must not be negative, and one must be positive")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The parts of one batch's loss, each a scalar; `accuracy` is the share of unknown tokens that argmax gets right."""
+
+    total: Tensor
+    logits: Tensor
+    code: Tensor
+    perceptual: Tensor
+    accuracy: Tensor
+
+
+def _mean(value_BL: Tensor, weight_BL: Tensor) -> Tensor:
+    return (value_BL * weight_BL).sum() / weight_BL.sum()
+
+
+def distillation_loss(
+    output: StudentOutput,
+    token_BL: Tensor,
+    code_BLC: Tensor,
+    known_BL: Tensor,
+    weights: LossWeights,
+    weight_L: Tensor | None = None,
+    decode: Decode | None = None,
+    image_distance: ImageDistance | None = None,
+) -> Losses:
+    """The loss of a student against the ends of its trajectories, over unknown tokens only (Eq. 7).
+
+    Args:
+        output: what the student predicts from X_n.
+        token_BL: the trajectories' tokens, int64.
+        code_BLC: their codes.
+        known_BL: bool, tokens that were given.
+        weights: of the parts.
+        weight_L: weight of each token; None weighs all alike.
+        decode: the teacher's decoder, needed with a perceptual weight.
+        image_distance: the perceptual distance, likewise.
+    """
+    weight_BL = (~known_BL).float() * (1.0 if weight_L is None else weight_L)
+    cross_entropy_BL = F.cross_entropy(output.logits_BLV.mT, token_BL, reduction="none")
+    logits = _mean(cross_entropy_BL, weight_BL)
+    code = _mean((output.code_BLC - code_BLC).square().sum(-1), weight_BL)
+    perceptual = logits.new_zeros(())
+    if weights.perceptual > 0:
+        assert decode is not None and image_distance is not None
+        predicted_BLC = torch.where(known_BL.unsqueeze(-1), code_BLC, output.code_BLC)
+        with torch.no_grad():
+            target_B3HW = decode(code_BLC)
+        perceptual = image_distance(decode(predicted_BLC), target_B3HW)
+    total = weights.logits * logits + weights.code * code + weights.perceptual * perceptual
+    hits_BL = (output.logits_BLV.argmax(-1) == token_BL).float()
+    return Losses(total, logits, code, perceptual, _mean(hits_BL, (~known_BL).float()))

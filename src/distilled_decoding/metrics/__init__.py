@@ -1,0 +1,1 @@
+"""Features, distances and scores of image sets."""

@@ -1,0 +1,92 @@
+"""Trajectories: for every image its condition, its noise and the tokens that the teacher's flow map makes of it.
+
+Trajectory i depends on the run seed and i alone: its label is i modulo the number of classes, its noise is
+replayed from its key. The teacher always runs on full micro-batches, so that floating point is the same
+however a run was cut up.
+
+Axis letters: B batch, L tokens in a sequence, C code channels.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from distilled_decoding.condition import Condition
+from distilled_decoding.flow import FlowSettings
+from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.store import Shard, TrajectoryStore
+from distilled_decoding.teacher import Teacher, TeacherSampling, by_flow, rollout
+
+Progress = Callable[[int], None]
+"""Called after each batch with the number of items that it finished."""
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """What determines trajectories besides the teacher.
+
+    Attributes:
+        sampling: the teacher's distribution.
+        flow: the solver of the flow map.
+        run_seed: all noise follows from it.
+        micro_batch: images the teacher samples at once.
+        shard_size: trajectories in one file, a multiple of `micro_batch`.
+
+    Raises:
+        ValueError: sizes that are not positive or do not fit each other.
+    """
+
+    sampling: TeacherSampling
+    flow: FlowSettings
+    run_seed: int = 0
+    micro_batch: int = 256
+    shard_size: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.shard_size < 1 or self.shard_size % self.micro_batch:
+            raise ValueError(
+                f"shard size {self.shard_size} must be a positive multiple of micro-batch {self.micro_batch}"
+            )
+
+    def manifest(self, teacher: Teacher, fingerprint: str) -> dict[str, object]:
+        """Everything that must agree between two runs that write into one folder."""
+        shape = {"length": teacher.order.length, "num_classes": teacher.num_classes}
+        return {"teacher": fingerprint, **shape, **asdict(self)}
+
+
+@torch.no_grad()
+def _tokens(teacher: Teacher, settings: TrajectorySettings, indices: range, device: torch.device) -> Shard:
+    """The trajectories of one micro-batch; the indices may run past the end of the shard."""
+    key_B = image_keys("trajectories", settings.run_seed, indices)
+    label_B = torch.tensor(indices) % teacher.num_classes
+    noise_BLC = gaussian_noise(key_B.to(device), teacher.order.length, teacher.codebook.shape[1])
+    choose = by_flow(teacher.order, noise_BLC, teacher.codebook, settings.flow)
+    condition = Condition(label_B, teacher.num_classes).to(device)
+    token_BL = rollout(teacher, condition, settings.sampling, choose)
+    return Shard(token_BL.cpu(), label_B, key_B)
+
+
+def generate(
+    teacher: Teacher, store: TrajectoryStore, settings: TrajectorySettings, num: int, progress: Progress
+) -> None:
+    """Write the trajectories 0..num-1 that the store does not have yet, a shard at a time.
+
+    Args:
+        teacher: the model.
+        store: an opened store; stopping between shards loses at most one of them.
+        settings: what the store's manifest was made from.
+        num: how many trajectories the store shall hold at least.
+        progress: called with the number of trajectories finished, those found on disk included.
+    """
+    device = teacher.codebook.device
+    for number, begin in enumerate(range(0, num, settings.shard_size)):
+        end = min(begin + settings.shard_size, num)
+        if store.num_in_shard(number) >= end - begin:
+            progress(end - begin)
+            continue
+        parts = []
+        for first in range(begin, end, settings.micro_batch):
+            parts.append(_tokens(teacher, settings, range(first, first + settings.micro_batch), device))
+            progress(min(settings.micro_batch, end - first))
+        store.write(number, Shard.cat(parts)[: end - begin])

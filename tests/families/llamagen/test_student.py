@@ -1,0 +1,187 @@
+import pytest
+import torch
+from torch import Tensor
+
+from distilled_decoding import codebook
+from distilled_decoding.condition import Condition
+from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
+from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer
+from distilled_decoding.student import StudentOutput, final_sequence, pass_known
+from tests.families.llamagen import reference
+from tests.families.llamagen.test_transformer import CONFIG, randomised, small_tokenizer
+from tests.golden import Case, load_case
+
+
+@pytest.fixture
+def teacher() -> LlamaGenTeacher:
+    torch.manual_seed(0)
+    return LlamaGenTeacher(small_tokenizer(CONFIG.vocab_size), randomised(Transformer(CONFIG)))
+
+
+@pytest.fixture
+def student() -> LlamaGenStudent:
+    torch.manual_seed(1)
+    config = StudentConfig(
+        dim=32, num_layers=2, num_heads=2, vocab_size=24, num_tokens=16, num_classes=5, code_dim=4
+    )
+    return randomised(LlamaGenStudent(config))
+
+
+CONDITION = Condition.labels([4, 0, 2], 5)
+KNOWN_B = torch.tensor([0, 5, 16])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", ["t0", "mid", "mixed"])
+def test_golden_forward(call: str):
+    case = load_case("dd_llamagen_forward")
+    student, codebook_VC = reference.student(case), reference.tokenizer(case).codebook_VC
+    known_blocks_B = case.inputs[f"t_{call}"].long()
+    known_BL = student.order.known_BL(known_blocks_B)
+    code_BLC = torch.where(known_BL[..., None], case.inputs["data"], case.inputs["noise"])
+    token_BL = codebook.nearest(code_BLC, codebook_VC)
+    output = student(code_BLC, reference.labels(case, 10), known_blocks_B)
+    final = pass_known(output, code_BLC, token_BL, known_BL)
+    case.check(f"xt_{call}", code_BLC)
+    case.check(f"idx_{call}", token_BL)
+    case.check(f"tokens_{call}", output.code_BLC)
+    case.check(f"logits_{call}", output.logits_BLV)
+    case.check(f"final_tokens_{call}", final.code_BLC)
+    case.check(f"final_logits_{call}", final.logits_BLV)
+    for split in case.config["splits"]:
+        case.check(f"final_x_{call}_split{split}", final_sequence(final, codebook_VC, student.order, split))
+
+
+def golden_step(
+    case: Case, step: int, student: LlamaGenStudent, codebook_VC: Tensor, code_BLC: Tensor, known: int
+) -> Tensor:
+    """One of the reference's sampling steps from `known` blocks of `code_BLC`, checked; its sequence."""
+    known_blocks_B = torch.full((len(code_BLC),), known)
+    known_BL = student.order.known_BL(known_blocks_B)
+    code_BLC = torch.where(known_BL[..., None], code_BLC, case.inputs["noise"])
+    output = student(code_BLC, reference.labels(case, 10), known_blocks_B)
+    output = pass_known(output, code_BLC, codebook.nearest(code_BLC, codebook_VC), known_BL)
+    final_BLC = final_sequence(output, codebook_VC, student.order, case.config["split_t"])
+    case.check(f"step{step}_x_in", code_BLC)
+    case.check(f"step{step}_tokens", output.code_BLC)
+    case.check(f"step{step}_logits", output.logits_BLV)
+    case.check(f"step{step}_x_out", final_BLC)
+    return final_BLC
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dd_llamagen_sample_1step", "dd_llamagen_sample_2step"])
+def test_golden_sampling(name: str):
+    case = load_case(name)
+    student, tokenizer = reference.student(case), reference.tokenizer(case)
+    code_BLC = case.inputs["noise"]
+    for step, known in enumerate(case.config["t_list"]):
+        code_BLC = golden_step(case, step, student, tokenizer.codebook_VC, code_BLC, known)
+    image = tokenizer.decode(code_BLC.transpose(1, 2).unflatten(2, (6, 6)))
+    case.check("image", (image + 1) / 2)
+
+
+def test_parameters_of_the_published_model():
+    with torch.device("meta"):
+        config = StudentConfig(
+            dim=768,
+            num_layers=12,
+            num_heads=12,
+            vocab_size=16384,
+            num_tokens=256,
+            num_classes=1000,
+            code_dim=8,
+        )
+        model = LlamaGenStudent(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert sum(p.numel() for p in model.parameters()) == 98_321_672
+    assert len(shapes) == 93
+    assert shapes["tok_embeddings.weight"] == (768, 8) and shapes["tok_embeddings.bias"] == (768,)
+    assert shapes["n_d_embed.weight"] == shapes["final_layer_conti.scale_shift_table"] == (2, 768)
+    assert shapes["final_layer_conti.linear.weight"] == (8, 768)
+    assert shapes["final_layer_conti.linear.bias"] == (8,)
+
+
+@torch.no_grad()
+def test_outputs_depend_on_their_own_and_earlier_inputs_only(student):
+    code_BLC = torch.randn(3, 16, 4)
+    before = student(code_BLC, CONDITION, KNOWN_B)
+    for block in (0, 7, 15):
+        changed_BLC = code_BLC.clone()
+        changed_BLC[:, block] += 1
+        after = student(changed_BLC, CONDITION, KNOWN_B)
+        expected = [later >= block for later in range(16)]
+        assert (after.logits_BLV != before.logits_BLV).any(-1).any(0).tolist() == expected
+        assert (after.code_BLC != before.code_BLC).any(-1).any(0).tolist() == expected
+
+
+@torch.no_grad()
+def test_known_blocks_pass_through(student):
+    codebook_VC = torch.randn(24, 4)
+    token_BL = torch.randint(24, (3, 16))
+    code_BLC = codebook.lookup(token_BL, codebook_VC)
+    known_blocks_B = torch.full((3,), 16)
+    known_BL = student.order.known_BL(known_blocks_B)
+    output = pass_known(student(code_BLC, CONDITION, known_blocks_B), code_BLC, token_BL, known_BL)
+    assert torch.equal(output.logits_BLV.softmax(-1).argmax(-1), token_BL)
+    assert torch.equal(output.logits_BLV.exp().sum(-1), torch.ones(3, 16))
+    for split_block in (0, 7, 16):
+        assert torch.equal(final_sequence(output, codebook_VC, student.order, split_block), code_BLC)
+
+
+@torch.no_grad()
+def test_where_nothing_is_known_predictions_pass_through(student):
+    code_BLC = torch.randn(3, 16, 4)
+    output = student(code_BLC, CONDITION, torch.zeros(3, dtype=torch.int64))
+    nothing_BL = torch.zeros(3, 16, dtype=torch.bool)
+    passed = pass_known(output, code_BLC, torch.zeros(3, 16, dtype=torch.int64), nothing_BL)
+    assert torch.equal(passed.logits_BLV, output.logits_BLV)
+    assert torch.equal(passed.code_BLC, output.code_BLC)
+
+
+@pytest.mark.parametrize("split_block", [-1, 17])
+def test_a_split_outside_the_sequence_is_refused(student, split_block: int):
+    output = StudentOutput(torch.zeros(1, 16, 24), torch.zeros(1, 16, 4))
+    with pytest.raises(ValueError, match=rf"0\.\.16, .* got {split_block}"):
+        final_sequence(output, torch.zeros(24, 4), student.order, split_block)
+
+
+def test_from_teacher_is_deterministic_and_shares_nothing(teacher):
+    first, again = LlamaGenStudent.from_teacher(teacher), LlamaGenStudent.from_teacher(teacher)
+    other = LlamaGenStudent.from_teacher(teacher, seed=1).state_dict()
+    differing = [name for name, value in first.state_dict().items() if not torch.equal(value, other[name])]
+    assert differing == ["n_d_embed.weight"]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    torch.nn.init.zeros_(first.output.weight)
+    assert teacher.transformer.output.weight.any()
+
+
+@torch.no_grad()
+def test_from_teacher_has_the_teachers_logits_path_and_a_silent_code_head(teacher):
+    student = LlamaGenStudent.from_teacher(teacher).eval()
+    x_BLD = torch.randn(3, 17, 32)
+    rope = torch.polar(torch.ones(17, 8), torch.randn(17, 8))
+    for model in (student, teacher.transformer):
+        assert torch.equal(model.cls_embedding(CONDITION), teacher.transformer.cls_embedding(CONDITION))
+    hidden_BLD = student.run_layers(x_BLD, rope)
+    assert torch.equal(hidden_BLD, teacher.transformer.run_layers(x_BLD, rope))
+    assert torch.equal(student.logits(hidden_BLD), teacher.transformer.logits(hidden_BLD))
+    assert not student(torch.randn(3, 16, 4), CONDITION, KNOWN_B).code_BLC.any()
+
+
+@torch.no_grad()
+def test_from_teacher_fits_the_token_embeddings(teacher):
+    weight_DC, bias_D = torch.randn(32, 4), torch.randn(32)
+    embedding = teacher.transformer.tok_embeddings.weight
+    embedding.copy_(teacher.codebook @ weight_DC.T + bias_D)
+    student = LlamaGenStudent.from_teacher(teacher)
+    torch.testing.assert_close(student.tok_embeddings(teacher.codebook), embedding, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student.tok_embeddings.weight, weight_DC, rtol=1e-4, atol=1e-4)
+
+
+def test_both_heads_train_every_parameter(teacher):
+    student = LlamaGenStudent.from_teacher(teacher)
+    torch.nn.init.normal_(student.final_layer_conti.linear.weight)
+    output = student(torch.randn(3, 16, 4), CONDITION, KNOWN_B)
+    (output.logits_BLV.square().mean() + output.code_BLC.square().mean()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in student.parameters())
