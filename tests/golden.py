@@ -29,9 +29,7 @@ class Case:
     def check(self, name: str, actual: Tensor) -> None:
         expected = self.outputs[name]
         if expected.dtype.is_floating_point:
-            torch.testing.assert_close(
-                actual, expected, rtol=self.rtol, atol=self.atol, msg=lambda m: f"{name}: {m}"
-            )
+            torch.testing.assert_close(actual, expected, rtol=self.rtol, atol=self.atol, msg=lambda m: f"{name}: {m}")
         else:
             assert torch.equal(actual, expected), name
 

@@ -85,12 +85,7 @@ def test_extreme_words_stay_finite(monkeypatch):
         words = torch.full((1, 1, 4), word)
         monkeypatch.setattr(noise, "philox", lambda *_, words=words: words)
         assert gaussian_noise(torch.zeros(1, dtype=torch.int64), 2, 2).isfinite().all()
-        assert (
-            0
-            < uniform(torch.zeros(1, dtype=torch.int64), 4, 0).min()
-            <= uniform(torch.zeros(1), 4, 0).max()
-            < 1
-        )
+        assert 0 < uniform(torch.zeros(1, dtype=torch.int64), 4, 0).min() <= uniform(torch.zeros(1), 4, 0).max() < 1
 
 
 def test_an_image_depends_on_its_key_alone():

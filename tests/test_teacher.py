@@ -44,9 +44,7 @@ def test_inactive_guidance_leaves_logits_alone_and_active_halves_the_batch():
     assert torch.equal(Guidance(2.0).apply(logits, 1.0), logits[:2])
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"scale": -1.0}, {"scale": float("inf")}, {"ramp": "cosine"}, {"num_blocks": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"scale": -1.0}, {"scale": float("inf")}, {"ramp": "cosine"}, {"num_blocks": -1}])
 def test_wrong_settings_are_refused_with_their_value(wrong: dict):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         Guidance(**wrong)

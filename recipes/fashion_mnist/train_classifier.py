@@ -33,7 +33,10 @@ def accuracy(model: Classifier) -> float:
     """Share of the 10,000 test images that are recognised."""
     image, label = load("t10k")
     with torch.no_grad():
-        hits = [(model(normalise(i)).logits_BV.argmax(1) == n) for i, n in zip(image.split(500), label.split(500))]
+        hits = [
+            (model(normalise(i)).logits_BV.argmax(1) == n)
+            for i, n in zip(image.split(500), label.split(500), strict=True)
+        ]
     return torch.cat(hits).float().mean().item()
 
 

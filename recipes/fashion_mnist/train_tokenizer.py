@@ -16,10 +16,10 @@ from data import batch, flip, load, normalise
 from torch import Tensor, nn
 from training import cosine, run
 
-from distilled_decoding.checkpoint import load_component, load_config, save_component, save_json
+from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.codebook import nearest
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.metrics.features import Classifier, ClassifierConfig, perceptual_distance
+from distilled_decoding.metrics.features import load_classifier, perceptual_distance
 
 CONFIG = TokenizerConfig(
     image_channels=1,
@@ -86,9 +86,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(settings.seed)
     tokenizer, critic = VQTokenizer(CONFIG), discriminator()
-    perceptual = Classifier(load_config(ClassifierConfig, settings.perceptual / "config.json")).eval()
-    load_component(settings.perceptual, perceptual)
-    perceptual.requires_grad_(False)
+    perceptual = load_classifier(settings.perceptual).requires_grad_(False)
     optimizers = {
         "tokenizer_optimizer": torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4),
         "critic_optimizer": torch.optim.AdamW(critic.parameters(), betas=(0.5, 0.9), weight_decay=1e-4),
@@ -128,7 +126,12 @@ def main(settings: Settings) -> None:
         return losses | {"codes_in_batch": len(token_N.unique())}
 
     seconds = run(
-        "tokenizer", settings.out, settings.num_steps, {"tokenizer": tokenizer, "critic": critic}, optimizers, update
+        "tokenizer",
+        settings.out,
+        settings.num_steps,
+        {"tokenizer": tokenizer, "critic": critic},
+        optimizers,
+        update,
     )
     save_component(settings.out / "tokenizer", tokenizer.eval(), CONFIG, torch.float16)
     save_json(settings.out / "measured.json", {"seconds": seconds})

@@ -66,9 +66,7 @@ class BlockOrder:
     def block_L(self, device: torch.device | str | None = None) -> Tensor:
         """Return the block of each token, int64 [L]."""
         sizes_S = torch.tensor(self.sizes, device=device)
-        return torch.arange(self.num_blocks, device=device).repeat_interleave(
-            sizes_S, output_size=self.length
-        )
+        return torch.arange(self.num_blocks, device=device).repeat_interleave(sizes_S, output_size=self.length)
 
     def known_BL(self, known_blocks_B: Tensor) -> Tensor:
         """Return which tokens are known when the first blocks are.
@@ -118,7 +116,5 @@ class BlockOrder:
         if schedule[-1] >= self.num_blocks:
             raise ValueError(f"block {schedule[-1]} of the schedule is past the last, {self.num_blocks - 1}")
         if untrained := set(schedule) - set(start_blocks):
-            raise ValueError(
-                f"the student cannot start at blocks {sorted(untrained)}; use {tuple(start_blocks)}"
-            )
+            raise ValueError(f"the student cannot start at blocks {sorted(untrained)}; use {tuple(start_blocks)}")
         return schedule

@@ -133,9 +133,7 @@ def load_config(kind: type[Config], path: Path) -> Config:
     return kind(**{k: tuple(v) if typing.get_origin(hints[k]) is tuple else v for k, v in values.items()})
 
 
-def save_training(
-    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], step: int
-) -> None:
+def save_training(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], step: int) -> None:
     """Write everything a training loop needs to go on after `step` updates."""
     tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for name, optimizer in optimizers.items():

@@ -34,9 +34,7 @@ class Condition:
             raise ValueError(f"labels must be one flat sequence, got shape {tuple(label_B.shape)}")
         wrong_N = label_B[(label_B < 0) | (label_B >= num_classes)]
         if len(wrong_N):
-            raise ValueError(
-                f"label {int(wrong_N[0])} is outside 0..{num_classes - 1}, the classes known here"
-            )
+            raise ValueError(f"label {int(wrong_N[0])} is outside 0..{num_classes - 1}, the classes known here")
         return cls(label_B, num_classes)
 
     @classmethod

@@ -29,27 +29,27 @@ class LossWeights:
     """How much each part of the loss counts.
 
     Attributes:
-        logits: cross-entropy of the logits head.
-        code: squared distance of the code head, summed over channels.
-        perceptual: distance of decoded images; 0 decodes nothing.
+        logits_weight: cross-entropy of the logits head.
+        code_weight: squared distance of the code head, summed over channels.
+        perceptual_weight: distance of decoded images; 0 decodes nothing.
 
     Raises:
         ValueError: a negative weight, or none that is positive.
     """
 
-    logits: float = 1.0
-    code: float = 1.0
-    perceptual: float = 0.0
+    logits_weight: float = 1.0
+    code_weight: float = 1.0
+    perceptual_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        values = (self.logits, self.code, self.perceptual)
+        values = (self.logits_weight, self.code_weight, self.perceptual_weight)
         if min(values) < 0 or max(values) == 0:
             raise ValueError(f"loss weights {values} must not be negative, and one must be positive")
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The parts of one batch's loss, each a scalar; `accuracy` is the share of unknown tokens that argmax gets right."""
+    """The parts of a batch's loss, each a scalar; `accuracy`: share of unknown tokens that argmax gets right."""
 
     total: Tensor
     logits: Tensor
@@ -89,12 +89,12 @@ def distillation_loss(
     logits = _mean(cross_entropy_BL, weight_BL)
     code = _mean((output.code_BLC - code_BLC).square().sum(-1), weight_BL)
     perceptual = logits.new_zeros(())
-    if weights.perceptual > 0:
+    if weights.perceptual_weight > 0:
         assert decode is not None and image_distance is not None
         predicted_BLC = torch.where(known_BL.unsqueeze(-1), code_BLC, output.code_BLC)
         with torch.no_grad():
             target_B3HW = decode(code_BLC)
         perceptual = image_distance(decode(predicted_BLC), target_B3HW)
-    total = weights.logits * logits + weights.code * code + weights.perceptual * perceptual
+    total = weights.logits_weight * logits + weights.code_weight * code + weights.perceptual_weight * perceptual
     hits_BL = (output.logits_BLV.argmax(-1) == token_BL).float()
     return Losses(total, logits, code, perceptual, _mean(hits_BL, (~known_BL).float()))

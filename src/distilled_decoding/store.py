@@ -81,6 +81,11 @@ class TrajectoryStore:
             raise ValueError(f"{folder} holds no trajectories (no {_MANIFEST}); make them with `trajectories`")
         return cls(folder, load_json(folder / _MANIFEST))
 
+    @property
+    def num_trajectories(self) -> int:
+        """Trajectories in finished shards."""
+        return sum(entry["num"] for entry in self.manifest["shards"].values())
+
     def num_in_shard(self, number: int) -> int:
         """Trajectories that a shard holds; 0 when it is not there."""
         return int(self.manifest["shards"].get(_name(number), {}).get("num", 0))

@@ -81,9 +81,7 @@ def final_sequence(output: StudentOutput, codebook_VC: Tensor, order: BlockOrder
         ValueError: `split_block` is outside 0..num_blocks.
     """
     if not 0 <= split_block <= order.num_blocks:
-        raise ValueError(
-            f"split_block must lie in 0..{order.num_blocks}, the number of blocks, got {split_block}"
-        )
+        raise ValueError(f"split_block must lie in 0..{order.num_blocks}, the number of blocks, got {split_block}")
     split = sum(order.sizes[:split_block])
     chosen_BLC = codebook_VC[output.logits_BLV[:, :split].argmax(-1)]
     return torch.cat([chosen_BLC, output.code_BLC[:, split:]], dim=1)

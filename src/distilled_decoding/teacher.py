@@ -41,17 +41,11 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(
-                f"guidance scale must be finite and at least 0, got {self.scale}; 1 is no guidance"
-            )
+            raise ValueError(f"guidance scale must be finite and at least 0, got {self.scale}; 1 is no guidance")
         if self.ramp not in get_args(Ramp):
-            raise ValueError(
-                f"unknown guidance ramp {self.ramp!r}; choose one of {', '.join(get_args(Ramp))}"
-            )
+            raise ValueError(f"unknown guidance ramp {self.ramp!r}; choose one of {', '.join(get_args(Ramp))}")
         if self.num_blocks is not None and self.num_blocks < 0:
-            raise ValueError(
-                f"guided blocks must be 0 or more, got {self.num_blocks}; None guides every block"
-            )
+            raise ValueError(f"guided blocks must be 0 or more, got {self.num_blocks}; None guides every block")
 
     @property
     def is_active(self) -> bool:

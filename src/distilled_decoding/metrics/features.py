@@ -4,10 +4,13 @@ Axis letters: B batch, D feature width, H W image.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from distilled_decoding.checkpoint import load_component, load_config
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ class Classifier(nn.Module):
         self.config = config
         width = config.width
         self.stages = nn.ModuleList(
-            [_Stage(config.image_channels, width, 2), _Stage(width, 2 * width, 2), _Stage(2 * width, 4 * width, 2)]
+            [
+                _Stage(config.image_channels, width, 2),
+                _Stage(width, 2 * width, 2),
+                _Stage(2 * width, 4 * width, 2),
+            ]
         )
         self.head = nn.Linear(4 * width, config.num_classes)
 
@@ -80,3 +87,14 @@ def perceptual_distance(classifier: Classifier, image_BCHW: Tensor, target_BCHW:
         targets = [nn.functional.normalize(m, dim=1) for m in classifier.stages_BCHW(target_BCHW)]
     maps = [nn.functional.normalize(m, dim=1) for m in classifier.stages_BCHW(image_BCHW)]
     return torch.stack([(m - t).square().sum(1).mean() for m, t in zip(maps, targets, strict=True)]).sum()
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """A classifier from `config.json` and `model.safetensors`, ready for evaluation.
+
+    Raises:
+        ValueError: a file is missing, damaged, or does not fit the config.
+    """
+    model = Classifier(load_config(ClassifierConfig, folder / "config.json"))
+    load_component(folder, model)
+    return model.eval()

@@ -21,9 +21,7 @@ def teacher() -> LlamaGenTeacher:
 @pytest.fixture
 def student() -> LlamaGenStudent:
     torch.manual_seed(1)
-    config = StudentConfig(
-        dim=32, num_layers=2, num_heads=2, vocab_size=24, num_tokens=16, num_classes=5, code_dim=4
-    )
+    config = StudentConfig(dim=32, num_layers=2, num_heads=2, vocab_size=24, num_tokens=16, num_classes=5, code_dim=4)
     return randomised(LlamaGenStudent(config))
 
 

@@ -115,11 +115,7 @@ def test_parameters_of_the_published_model():
     assert shapes["tok_embeddings.weight"] == shapes["output.weight"] == (16384, 768)
     assert shapes["layers.11.attention.wqkv.weight"] == (2304, 768)
     assert shapes["layers.11.attention.wo.weight"] == (768, 768)
-    assert (
-        shapes["layers.11.feed_forward.w1.weight"]
-        == shapes["layers.11.feed_forward.w3.weight"]
-        == (2048, 768)
-    )
+    assert shapes["layers.11.feed_forward.w1.weight"] == shapes["layers.11.feed_forward.w3.weight"] == (2048, 768)
     assert shapes["layers.11.feed_forward.w2.weight"] == (768, 2048)
     assert shapes["layers.11.attention_norm.weight"] == shapes["layers.11.ffn_norm.weight"] == (768,)
     assert shapes["norm.weight"] == (768,)

@@ -53,9 +53,7 @@ class SpatialAttention(nn.Module):
 
 
 def _middle(channels: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ResnetBlock(channels, channels), SpatialAttention(channels), ResnetBlock(channels, channels)]
-    )
+    return nn.ModuleList([ResnetBlock(channels, channels), SpatialAttention(channels), ResnetBlock(channels, channels)])
 
 
 class _Level(nn.Module):
@@ -65,9 +63,7 @@ class _Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
         self.res = nn.ModuleList([ResnetBlock(i, o) for i, o in pairwise(widths)])
-        self.attn = nn.ModuleList(
-            [SpatialAttention(out_channels) for _ in range(num_res_blocks if attends else 0)]
-        )
+        self.attn = nn.ModuleList([SpatialAttention(out_channels) for _ in range(num_res_blocks if attends else 0)])
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 

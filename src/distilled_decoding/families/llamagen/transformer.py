@@ -50,13 +50,9 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         if self.grid**2 != self.num_tokens:
-            raise ValueError(
-                f"num_tokens must be a square number (the image's token grid), got {self.num_tokens}"
-            )
+            raise ValueError(f"num_tokens must be a square number (the image's token grid), got {self.num_tokens}")
         if self.dim % (4 * self.num_heads):
-            raise ValueError(
-                f"dim must be a multiple of 4 * num_heads = {4 * self.num_heads}, got {self.dim}"
-            )
+            raise ValueError(f"dim must be a multiple of 4 * num_heads = {4 * self.num_heads}, got {self.dim}")
 
     @property
     def grid(self) -> int:
@@ -293,16 +289,12 @@ class LlamaGenTeacher(nn.Module):
         return self.transformer.config.num_classes
 
     @torch.no_grad()
-    def start(
-        self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None
-    ) -> DecodingState:
+    def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
         """See `Teacher.start`: runs the class position and the prefix in one causal pass."""
         if prefix_BL is None:
             prefix_BL = condition.label_B.new_empty(len(condition), 0)
         if prefix_BL.shape[1] >= self.order.length:
-            raise ValueError(
-                f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict"
-            )
+            raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
         if guidance.is_active:
             condition, prefix_BL = condition.with_null(), prefix_BL.repeat(2, 1)
         x_BLD = self.transformer.embed(prefix_BL, condition)

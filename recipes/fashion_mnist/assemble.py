@@ -1,0 +1,76 @@
+"""Put trained components together: python recipes/fashion_mnist/assemble.py --classifier DIR --teacher DIR ... --out DIR.
+
+Writes `fashion-features` (classifier and the statistics of the 10,000 test images) and `fashion-llamagen` (teacher,
+and the student once there is one) as the package ships them.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from data import load
+from train_teacher import CLASSES
+
+from distilled_decoding.families.llamagen.checkpoint import load_student, load_teacher
+from distilled_decoding.flow import FlowSettings
+from distilled_decoding.metrics.features import load_classifier
+from distilled_decoding.metrics.reference import real_statistics
+from distilled_decoding.pipeline import Pipeline, PipelineConfig
+from distilled_decoding.teacher import TeacherSampling
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Assemble the shipped models."""
+
+    out: Path
+    classifier: Path | None = None
+    tokenizer: Path | None = None
+    transformer: Path | None = None
+    student: Path | None = None
+    guidance_scale: float = 1.5
+    top_k: int = 0
+    top_p: float = 1.0
+    start_blocks: tuple[int, ...] = (0, 8, 20, 36)
+    split_block: int = 64
+
+
+def write_features(settings: Settings, classifier: Path) -> None:
+    """The classifier and the statistics of real test images."""
+    folder = settings.out / "fashion-features"
+    shutil.copytree(classifier, folder, dirs_exist_ok=True)
+    statistics = real_statistics(load_classifier(folder), load("t10k")[0], "real test images")
+    statistics.save(folder / "test_images.safetensors")
+
+
+def write_model(settings: Settings, tokenizer: Path, transformer: Path) -> None:
+    """The pipeline."""
+    folder = settings.out / "fashion-llamagen"
+    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(transformer, folder / "transformer", dirs_exist_ok=True)
+    config = PipelineConfig(
+        family="llamagen",
+        class_names=CLASSES,
+        sampling=TeacherSampling(settings.guidance_scale, top_k=settings.top_k, top_p=settings.top_p),
+        flow=FlowSettings(),
+        start_blocks=settings.start_blocks,
+        split_block=settings.split_block,
+        micro_batch=250,
+    )
+    student = load_student(settings.student) if settings.student else None
+    Pipeline(load_teacher(folder), student, config).save_pretrained(folder, torch.float16)
+
+
+def main(settings: Settings) -> None:
+    """Write what was given."""
+    torch.set_num_threads(2)
+    if settings.classifier:
+        write_features(settings, settings.classifier)
+    if settings.tokenizer and settings.transformer:
+        write_model(settings, settings.tokenizer, settings.transformer)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,101 @@
+"""How good the tokenizer and the teacher are: python recipes/fashion_mnist/measure.py --tokenizer DIR [--model DIR].
+
+Prints Fréchet distances in the shipped classifier's features. Choices (guidance, top-k) are made against training
+images (`--reference train`); the test images are for the final numbers only.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from data import load, normalise
+from torch import Tensor
+
+from distilled_decoding import zoo
+from distilled_decoding.checkpoint import load_component, load_config
+from distilled_decoding.codebook import lookup
+from distilled_decoding.condition import Condition
+from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
+from distilled_decoding.metrics.frechet import Accumulator, frechet_distance
+from distilled_decoding.metrics.reference import real_statistics, score
+from distilled_decoding.noise import image_keys
+from distilled_decoding.pipeline import Pipeline, PipelineConfig, fingerprint, grid, to_uint8
+from distilled_decoding.sampling import Plan
+from distilled_decoding.teacher import TeacherSampling
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure reconstructions and, with a model, teacher samples at some guidance scales."""
+
+    tokenizer: Path
+    model: Path | None = None
+    reference: Literal["train", "test"] = "train"
+    num: int = 10_000
+    guidance_scales: tuple[float, ...] = ()
+    top_ks: tuple[int, ...] = (0,)
+    top_ps: tuple[float, ...] = (1.0,)
+    picture: Path | None = None
+
+
+@torch.no_grad()
+def reconstructions(tokenizer: VQTokenizer, image_NBHW: Tensor) -> Iterator[Tensor]:
+    """uint8 images through the tokenizer and back."""
+    for part in image_NBHW.split(250):
+        code_BhwC = lookup(tokenizer.encode(normalise(part)), tokenizer.codebook_VC)
+        yield to_uint8(tokenizer.decode(code_BhwC.permute(0, 3, 1, 2)))
+
+
+def main(settings: Settings) -> None:
+    """Measure and print one JSON object a line."""
+    torch.set_num_threads(2)
+    classifier = zoo.classifier()
+    train, test = load("train")[0], load("t10k")[0]
+    shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
+    reference = real_statistics(classifier, shuffled[:20_000] if settings.reference == "train" else test)
+    other = test if settings.reference == "train" else shuffled[: settings.num]
+
+    def measure(images: Iterator[Tensor], label_N: Tensor | None = None) -> dict[str, float]:
+        accumulator, hits, first = Accumulator(fingerprint(classifier), "samples"), [], 0
+        for part in images:
+            scores = score(classifier, part)
+            accumulator.update(scores.feature_BD)
+            if label_N is not None:
+                hits.append(scores.logits_BV.argmax(1) == label_N[first : first + len(part)])
+            first += len(part)
+        distance = {"frechet_distance": frechet_distance(accumulator.statistics(), reference)}
+        return distance | ({"accuracy": torch.cat(hits).double().mean().item()} if hits else {})
+
+    def report(name: str, values: dict[str, float]) -> None:
+        print(json.dumps({"what": name, "reference": settings.reference, **values}), flush=True)
+
+    report("real images of the other split", measure(iter(other[: settings.num].split(250))))
+    tokenizer = VQTokenizer(load_config(TokenizerConfig, settings.tokenizer / "config.json"))
+    load_component(settings.tokenizer, tokenizer)
+    source = shuffled[-settings.num :] if settings.reference == "train" else test[: settings.num]
+    report("reconstructions", measure(reconstructions(tokenizer.eval(), source)))
+    if settings.picture is not None:
+        pairs = torch.stack([source[:40], torch.cat(list(reconstructions(tokenizer, source[:40])))], 1).flatten(0, 1)
+        grid(pairs, columns=10).save(settings.picture)
+    if settings.model is None:
+        return
+    pipe = Pipeline.from_pretrained(settings.model)
+    condition = Condition.balanced(settings.num, pipe.num_classes)
+    # Another domain than that of the final measurements.
+    key_N = image_keys("sampling", 0, range(settings.num))
+    for scale in settings.guidance_scales:
+        for top_k in settings.top_ks:
+            for top_p in settings.top_ps:
+                sampling = TeacherSampling(scale, top_k=top_k, top_p=top_p)
+                config = PipelineConfig(**{**vars(pipe.config), "sampling": sampling})
+                images = Pipeline(pipe.teacher, None, config).images(Plan((), ancestral=True), condition, key_N)
+                name = f"teacher, guidance {scale}, top-k {top_k}, top-p {top_p}"
+                report(name, measure(images, condition.label_B))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,216 @@
+"""The command line: arguments in, printing out. `distilled-decoding COMMAND --help` explains each command."""
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional
+
+from distilled_decoding import commands
+from distilled_decoding.demo import demo_table, run_demo
+from distilled_decoding.distill import DistillSettings
+from distilled_decoding.evaluate import EvaluationSettings, markdown_table
+from distilled_decoding.pipeline import Pipeline, Steps
+from distilled_decoding.progress import Stopped
+from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.trajectories import TrajectorySettings
+
+Model = Positional[str]
+Settings = Annotated[DistillSettings, OmitArgPrefixes]
+Perceptual = Literal["none", "classifier"]
+
+
+def info(model: Model, json: bool = False) -> None:  # noqa: A002
+    """Show what a model is.
+
+    Args:
+        model: shipped name, folder or hub id.
+        json: print one JSON object.
+    """
+    _print(commands.info(Pipeline.from_pretrained(model)), json)
+
+
+def sample(
+    model: Model,
+    labels: tuple[int, ...] = (),
+    num: int = 10,
+    steps: str = "1",
+    schedule: tuple[int, ...] | None = None,
+    teacher_span: tuple[int, int] | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    grid: Path | None = None,
+    npz: Path | None = None,
+    device: str = "cpu",
+    json: bool = False,  # noqa: A002
+) -> None:
+    """Generate images.
+
+    Args:
+        model: shipped name, folder or hub id.
+        labels: classes, taken in turn; without them the classes are balanced.
+        num: images in all.
+        steps: student steps (1, 2 ...), `teacher` (its flow map on the same noise) or `teacher-ancestral`.
+        schedule: starting blocks of the student's steps, instead of --steps, such as 0 24.
+        teacher_span: blocks that the teacher predicts in between, such as 16 24.
+        seed: of the run.
+        out: folder for one PNG an image.
+        grid: file for one picture of all images, ten in a row.
+        npz: file for arr_0 (uint8 images) and arr_1 (labels), as the ADM evaluator reads them.
+        device: cpu or cuda.
+        json: print one JSON object.
+    """
+    run = commands.SampleRun(model, labels, num, _steps(steps), schedule, teacher_span, seed)
+    _print(commands.sample_images(run, Pipeline.from_pretrained(model, device), out, grid, npz), json)
+
+
+def trajectories(
+    model: Model,
+    num: int,
+    out: Path,
+    seed: int = 0,
+    micro_batch: int = 256,
+    shard_size: int = 4096,
+    device: str = "cpu",
+    json: bool = False,  # noqa: A002
+) -> None:
+    """Let the teacher make trajectories: for each image its label, its noise and its tokens.
+
+    Args:
+        model: shipped name, folder or hub id.
+        num: trajectories in all; asking for more later adds to the folder.
+        out: folder of the shards.
+        seed: of the run.
+        micro_batch: images the teacher samples at once.
+        shard_size: trajectories in a file.
+        device: cpu or cuda.
+        json: print one JSON object.
+    """
+    pipeline = Pipeline.from_pretrained(model, device)
+    settings = TrajectorySettings(pipeline.config.sampling, pipeline.config.flow, seed, micro_batch, shard_size)
+    _print(commands.make_trajectories(pipeline, out, num, settings), json)
+
+
+def distill(
+    model: Model,
+    trajectories: Path,
+    out: Path,
+    settings: Settings,
+    split_block: int | None = None,
+    perceptual: Perceptual = "none",
+    device: str = "cpu",
+    json: bool = False,  # noqa: A002
+) -> None:
+    """Train a student on a model's trajectories; `out` is a whole pipeline folder when done.
+
+    Args:
+        model: shipped name, folder or hub id: the teacher.
+        trajectories: folder that `trajectories` made with this model.
+        out: folder of the new pipeline; checkpoints and the log lie beneath.
+        settings: of the training.
+        split_block: blocks before it are sampled from the logits, the others from the code head.
+        perceptual: features of the perceptual distance, needed with --perceptual-weight.
+        device: cpu or cuda.
+        json: print one JSON object.
+    """
+    pipeline = Pipeline.from_pretrained(model, device)
+    store = TrajectoryStore.open(trajectories)
+    distance = commands.image_distance(perceptual, device)
+    trained = commands.distill_student(model, pipeline, store, out, settings, split_block, distance)
+    _print({"pipeline": str(out), **commands.info(trained)}, json)
+
+
+def verify(path: Positional[Path], json: bool = False) -> None:  # noqa: A002
+    """Check the hashes of a folder of trajectories.
+
+    Args:
+        path: the folder.
+        json: print one JSON object.
+    """
+    store = TrajectoryStore.open(path)
+    problems = store.problems()
+    _print({"trajectories": store.num_trajectories, "problems": problems}, json)
+    if problems:
+        raise SystemExit(1)
+
+
+def evaluate(
+    model: Model,
+    out: Path,
+    methods: tuple[str, ...] = ("teacher", "1", "2"),
+    num: int = 10_000,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    trajectories: Path | None = None,
+    device: str = "cpu",
+    json: bool = False,  # noqa: A002
+) -> None:
+    """Measure samples on the features of the shipped classifier.
+
+    Args:
+        model: shipped name, folder or hub id.
+        out: folder of the results; what is there already is not measured again.
+        methods: student steps, teacher, teacher-ancestral, or onestep (each token from its own frequency).
+        num: images of each method and seed, classes balanced.
+        seeds: run seeds; mean and spread are over them.
+        trajectories: folder of trajectories, from which onestep takes its frequencies.
+        device: cpu or cuda.
+        json: print one JSON object.
+    """
+    pipeline = Pipeline.from_pretrained(model, device)
+    settings = EvaluationSettings(methods, num, seeds)
+    summary = commands.evaluate_model(pipeline, out, settings, trajectories)
+    _print(summary, json, markdown_table(summary))
+
+
+def demo(
+    model: str = "fashion-llamagen",
+    out: Path = Path("demo"),
+    fast: bool = False,
+    json: bool = False,  # noqa: A002
+) -> None:
+    """The whole method in minutes: trajectories, a fresh student, samples and a comparison.
+
+    Args:
+        model: a shipped model.
+        out: folder of the picture, the table and the fresh student.
+        fast: a one-minute tour.
+        json: print one JSON object.
+    """
+    summary = run_demo(model, out, fast)
+    _print(summary, json, demo_table(summary))
+
+
+COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, verify)}
+
+
+def main() -> None:
+    """Run a command: exit code 0 when done, 2 on bad input, 130 when stopped."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="distilled-decoding", sort_subcommands=False)
+    except ValueError as error:
+        console.print(f"[red]error:[/red] {error}", markup=True, soft_wrap=True)
+        raise SystemExit(2) from None
+    except (Stopped, KeyboardInterrupt):
+        console.print("stopped; the same command goes on")
+        raise SystemExit(130) from None
+
+
+def _steps(text: str) -> Steps:
+    if text in ("teacher", "teacher-ancestral"):
+        return text  # type: ignore[return-value]
+    if not text.isdecimal():
+        raise ValueError(f"--steps must be a number, teacher or teacher-ancestral, got {text!r}")
+    return int(text)
+
+
+def _print(values: dict[str, Any], as_json: bool, table: str | None = None) -> None:
+    if as_json:
+        print(json_format.dumps(values))
+    elif table is not None:
+        print(table)
+    else:
+        for key, value in values.items():
+            print(f"{key.replace('_', ' ')}: {value}")

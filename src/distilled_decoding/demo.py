@@ -1,0 +1,160 @@
+"""`distilled-decoding demo`: trajectories, a fresh student, samples and a comparison, in minutes on a CPU.
+
+Axis letters: N images.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilled_decoding import commands, zoo
+from distilled_decoding.checkpoint import save_json, save_text
+from distilled_decoding.condition import Condition
+from distilled_decoding.distill import DistillSettings
+from distilled_decoding.metrics.frechet import Accumulator, frechet_distance
+from distilled_decoding.metrics.reference import score
+from distilled_decoding.noise import image_keys
+from distilled_decoding.pipeline import Pipeline, Steps, fingerprint, grid
+from distilled_decoding.progress import Bar, progress_bar, stop_signal
+from distilled_decoding.records import environment
+from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.trajectories import TrajectorySettings
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo does.
+
+    Attributes:
+        trajectories: pairs of noise and tokens.
+        updates: of the fresh student.
+        samples: measured of each row of the table.
+    """
+
+    trajectories: int
+    updates: int
+    samples: int
+
+
+FULL = DemoSize(trajectories=12_288, updates=300, samples=2000)
+FAST = DemoSize(trajectories=1024, updates=20, samples=250)
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table: a name, a pipeline, how it samples, and how it samples when only time counts."""
+
+    name: str
+    pipeline: Pipeline
+    steps: Steps
+    timed_steps: Steps
+
+
+def run_demo(model: str, out: Path, fast: bool) -> dict[str, Any]:
+    """Distil a fresh student of a shipped teacher, compare, and write `grid.png`, `table.md` and `demo.json` to `out`.
+
+    Raises:
+        ValueError: an unknown model, one without a student, or a folder that holds another demo.
+        Stopped: the user asked to stop; the same call goes on.
+    """
+    size = FAST if fast else FULL
+    begin = perf_counter()
+    shipped = Pipeline.from_pretrained(model)
+    shipped.plan(2)
+    fresh = _fresh_student(model, shipped, out, size)
+    rows = [
+        _Row("teacher", shipped, "teacher", "teacher-ancestral"),
+        _Row("fresh student, 1 step", fresh, 1, 1),
+        _Row("shipped student, 1 step", shipped, 1, 1),
+        _Row("shipped student, 2 steps", shipped, 2, 2),
+    ]
+    with stop_signal() as stop, progress_bar("sampling and measuring", size.samples * len(rows)) as bar:
+        measured = []
+        for row in rows:
+            measured.append(_measure(row, size.samples, bar))
+            stop.check()
+    picture = out / "grid.png"
+    grid(torch.stack([m.pop("images") for m in measured], 1).flatten(0, 1), columns=len(rows), scale=3).save(picture)
+    for m in measured:
+        m["speed_up"] = measured[0]["ms_per_image"] / m["ms_per_image"]
+    sizes = {"samples": size.samples, "trajectories": size.trajectories, "updates": size.updates}
+    seconds = round(perf_counter() - begin, 1)
+    summary = {"rows": measured, **sizes, "seconds": seconds, "picture": str(picture), **environment()}
+    save_json(out / "demo.json", summary)
+    save_text(out / "table.md", demo_table(summary))
+    return summary
+
+
+def _fresh_student(model: str, shipped: Pipeline, out: Path, size: DemoSize) -> Pipeline:
+    folder = out / f"{model}-trajectories"
+    settings = TrajectorySettings(shipped.config.sampling, shipped.config.flow, _SEED, shard_size=1024)
+    commands.make_trajectories(shipped, folder, size.trajectories, settings)
+    training = DistillSettings(num_steps=size.updates, warmup=size.updates // 10, ema_rate=0.98)
+    store = TrajectoryStore.open(folder)
+    return commands.distill_student(model, shipped, store, out / f"{model}-student", training)
+
+
+def _measure(row: _Row, num: int, bar: Bar) -> dict[str, Any]:
+    """Fréchet distance, class accuracy, milliseconds, and the first images of each class."""
+    classifier, condition = zoo.classifier(), Condition.balanced(num, row.pipeline.num_classes)
+    key_N = image_keys("evaluation", _SEED, range(num))
+    accumulator = Accumulator(fingerprint(classifier), row.name)
+    hits, first = [], 0
+    kept: list[Tensor] = []
+    for images in row.pipeline.images(row.pipeline.plan(row.steps), condition, key_N):
+        scores = score(classifier, images)
+        accumulator.update(scores.feature_BD)
+        hits.append(scores.logits_BV.argmax(1) == condition.label_B[first : first + len(images)])
+        kept.append(images)
+        first += len(images)
+        bar.advance(len(images))
+    return {
+        "name": row.name,
+        "steps": _passes(row),
+        "frechet_distance": frechet_distance(accumulator.statistics(), zoo.real_images()),
+        "accuracy": torch.cat(hits).double().mean().item(),
+        "ms_per_image": _milliseconds(row, condition, key_N),
+        "images": torch.cat(kept)[: row.pipeline.num_classes],
+    }
+
+
+def _passes(row: _Row) -> int:
+    return row.pipeline.teacher.order.num_blocks if isinstance(row.steps, str) else row.steps
+
+
+def _milliseconds(row: _Row, condition: Condition, key_N: Tensor) -> float:
+    """Milliseconds an image at the pipeline's micro-batch, decoding included, after a warm-up; median of three."""
+    size = row.pipeline.config.micro_batch
+    plan = row.pipeline.plan(row.timed_steps)
+    index_B = torch.arange(size) % len(condition)
+    times = []
+    for _ in range(4):
+        begin = perf_counter()
+        next(row.pipeline.images(plan, condition[index_B], key_N[index_B]))
+        times.append(perf_counter() - begin)
+    return sorted(times[1:])[1] / size * 1000
+
+
+def demo_table(summary: dict[str, Any]) -> str:
+    """The demo's comparison as a Markdown table."""
+    lines = [
+        "| | passes | Fréchet distance | class accuracy | ms/image | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in summary["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['steps']} | {row['frechet_distance']:.1f} | {row['accuracy']:.1%} | "
+            f"{row['ms_per_image']:.2f} | {row['speed_up']:.1f}x |"
+        )
+    note = (
+        f"\n{summary['samples']:,} samples a row, same labels and seeds; the fresh student had "
+        f"{summary['updates']} updates on {summary['trajectories']:,} trajectories.\n"
+        f"The teacher's time is that of ordinary sampling. Picture: {summary['picture']}"
+        " (columns in the order of the rows).\n"
+    )
+    return "\n".join(lines) + "\n" + note

@@ -1,0 +1,50 @@
+"""The shipped models: where they lie, and how a model's name becomes a folder."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from distilled_decoding.metrics.features import Classifier, load_classifier
+from distilled_decoding.metrics.frechet import Statistics
+
+FOLDER = Path(__file__).parent
+
+
+def shipped() -> dict[str, Path]:
+    """Name and folder of every shipped model."""
+    return {path.parent.name: path.parent for path in sorted(FOLDER.glob("*/model_index.json"))}
+
+
+def classifier() -> Classifier:
+    """The Fashion-MNIST classifier whose features measure the shipped models, ready for evaluation."""
+    return load_classifier(FOLDER / "fashion-features")
+
+
+def real_images() -> Statistics:
+    """Statistics of the 10,000 real Fashion-MNIST test images in that classifier's features."""
+    return Statistics.load(FOLDER / "fashion-features" / "test_images.safetensors")
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of a model: a shipped name, a folder, or a hub id (`owner/name`, downloaded once).
+
+    Raises:
+        ValueError: it is none of these, or the hub does not answer.
+    """
+    name = str(model)
+    if name in shipped():
+        return shipped()[name]
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        return folder
+    ways = f"shipped models: {', '.join(shipped())}; or give a pipeline folder, or a hub id owner/name"
+    if folder.exists():
+        raise ValueError(f"{name} holds no model_index.json, so it is no pipeline folder ({ways})")
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError(f"unknown model {name!r} ({ways})")
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"unknown model {name!r}: no such folder, and the hub said: {reason} ({ways})") from error

@@ -1,0 +1,169 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.codebook import lookup
+from distilled_decoding.condition import Condition
+from distilled_decoding.distill import (
+    DistillSettings,
+    Update,
+    batch_indices,
+    distill,
+    learning_rate_at,
+    start_blocks_of,
+)
+from distilled_decoding.losses import LossWeights, corrupt, distillation_loss
+from distilled_decoding.noise import image_keys
+from distilled_decoding.sampling import Plan
+from distilled_decoding.student import StudentOutput
+from tests import tiny
+
+SETTINGS = DistillSettings(
+    num_steps=12, batch_size=4, warmup=2, start_blocks=(0, 8), start_weights=(2.0, 1.0), bf16=False, ema_rate=0.9
+)
+
+
+def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | None = None):
+    pipe = tiny.pipeline()
+    shard = tiny.store(tmp_path / "trajectories", pipe).load()
+    losses: list[float] = []
+
+    def on_update(update: Update) -> bool:
+        losses.append(float(update.losses.total.detach()))
+        return update.step != stop_after
+
+    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, tmp_path / "state.safetensors", on_update)
+    return student, losses
+
+
+def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
+    whole, losses = run(tmp_path / "whole")
+    stopped, first = run(tmp_path / "parts", stop_after=5)
+    assert stopped is None
+    resumed, second = run(tmp_path / "parts")
+    assert first + second == losses
+    assert tiny.same_weights(whole, resumed)
+    assert (tmp_path / "whole/state.safetensors").read_bytes() == (tmp_path / "parts/state.safetensors").read_bytes()
+
+
+def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    shard = tiny.store(tmp_path / "trajectories", pipe).load()[:8]
+    settings = DistillSettings(
+        num_steps=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
+    )
+    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, tmp_path / "s.safetensors", lambda u: True)
+    trained = pipe.with_student(student, settings.start_blocks, split_block=16)
+    condition = Condition(shard.label_N, 3)
+    expected = lookup(shard.token_NL, pipe.teacher.codebook)
+    for schedule in ((0,), (0, 8)):
+        assert torch.equal(trained.codes(Plan(schedule), condition, shard.key_N), expected)
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """A change of these numbers is a change of the method: it belongs in a commit of its own, with the reason."""
+    path = Path(__file__).parent / "goldens" / "distill_losses.json"
+    _, losses = run(tmp_path)
+    assert losses == pytest.approx(json.loads(path.read_text()), rel=1e-4)
+
+
+def test_every_epoch_shows_every_trajectory_once() -> None:
+    settings = replace(SETTINGS, batch_size=4)
+    seen = torch.cat([batch_indices(step, settings, 12) for step in range(6)])
+    assert sorted(seen[:12].tolist()) == sorted(seen[12:].tolist()) == list(range(12))
+    assert seen[:12].tolist() != seen[12:].tolist()
+
+
+def test_start_blocks_follow_their_weights_and_the_step_alone() -> None:
+    drawn = torch.cat([start_blocks_of(step, SETTINGS) for step in range(1500)])
+    assert (drawn == 0).double().mean() == pytest.approx(2 / 3, abs=0.02)
+    assert torch.equal(start_blocks_of(7, SETTINGS), start_blocks_of(7, SETTINGS))
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    rates = [learning_rate_at(step, SETTINGS) for step in range(12)]
+    assert rates[1] == max(rates) == SETTINGS.learning_rate
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_corrupt_keeps_known_codes_and_the_same_noise() -> None:
+    order = BlockOrder((1, 2))
+    code, noise = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    state = corrupt(noise, code, order.known_BL(torch.tensor([0, 1])))
+    assert state[:, :, 0].tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+def test_loss_is_zero_at_the_truth_and_ignores_known_tokens() -> None:
+    token_BL = torch.tensor([[1, 2, 0]])
+    code_BLC = torch.randn(1, 3, 4)
+    known_BL = torch.tensor([[True, False, False]])
+    logits_BLV = torch.nn.functional.one_hot(token_BL, 5).float() * 100
+    logits_BLV[:, 0], wrong = 0, code_BLC.clone()
+    wrong[:, 0] = 7
+    losses = distillation_loss(StudentOutput(logits_BLV, wrong), token_BL, code_BLC, known_BL, LossWeights())
+    assert losses.total.item() == pytest.approx(0, abs=1e-6) and losses.accuracy.item() == 1
+
+
+def test_block_weights_choose_what_counts() -> None:
+    token_BL, code_BLC = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, 1)
+    output = StudentOutput(torch.zeros(1, 2, 3), torch.tensor([[[1.0], [2.0]]]))
+    known_BL = torch.zeros(1, 2, dtype=torch.bool)
+    weight_L = torch.tensor([3.0, 1.0])
+    losses = distillation_loss(output, token_BL, code_BLC, known_BL, LossWeights(), weight_L)
+    assert losses.code.item() == pytest.approx((3 * 1 + 1 * 4) / 4)
+
+
+def test_gradient_of_the_perceptual_loss_goes_through_the_decoder() -> None:
+    pipe = tiny.pipeline()
+    code_BLC = torch.randn(2, 16, 4, dtype=torch.float64)
+    teacher = pipe.teacher.double()
+    target_BLC = torch.randn(2, 16, 4, dtype=torch.float64)
+    known_BL = torch.zeros(2, 16, dtype=torch.bool)
+    known_BL[:, :4] = True
+
+    def loss(code: torch.Tensor) -> torch.Tensor:
+        output = StudentOutput(torch.zeros(2, 16, 16, dtype=torch.float64), code)
+        weights = LossWeights(0, 0, 1)
+        token_BL = torch.zeros(2, 16, dtype=torch.long)
+        distance = torch.nn.functional.mse_loss
+        return distillation_loss(output, token_BL, target_BLC, known_BL, weights, None, teacher.decode, distance).total
+
+    code_BLC.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(code_BLC), code_BLC)
+    assert gradient[:, :4].abs().max() == 0
+    direction = torch.randn_like(code_BLC)
+    numeric = (loss(code_BLC + 1e-5 * direction) - loss(code_BLC - 1e-5 * direction)) / 2e-5
+    assert (gradient * direction).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
+    assert gradient[:, 4:].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning rate must be positive, got -1"),
+        ({"ema_rate": 1.0}, "EMA rate"),
+        ({"start_weights": (1.0,)}, "1 start weights do not fit 2"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **change)
+
+
+def test_settings_are_compared_with_the_teacher() -> None:
+    order = BlockOrder.raster(16)
+    with pytest.raises(ValueError, match="past the last"):
+        replace(SETTINGS, start_blocks=(0, 16)).check(order)
+    with pytest.raises(ValueError, match="block weights"):
+        replace(SETTINGS, block_weights=(1.0, 2.0)).check(order)
+
+
+def test_keys_of_training_are_not_those_of_evaluation() -> None:
+    assert not set(image_keys("trajectories", 0, range(500)).tolist()) & set(
+        image_keys("evaluation", 0, range(500)).tolist()
+    )

@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distilled_decoding.condition import Condition
+from distilled_decoding.noise import image_keys
+from distilled_decoding.pipeline import Pipeline, grid, to_uint8
+from distilled_decoding.zoo import resolve, shipped
+from tests import tiny
+
+PIPE = tiny.pipeline()
+
+
+def all_images(pipe: Pipeline, num: int, steps: int | str = 1) -> torch.Tensor:
+    key_B = image_keys("sampling", 0, range(num))
+    return torch.cat(list(pipe.images(pipe.plan(steps), Condition.balanced(num, 3), key_B)))
+
+
+def test_saved_and_loaded_gives_the_same_images(tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path / "pipe", torch.float32)
+    loaded = Pipeline.from_pretrained(tmp_path / "pipe")
+    assert loaded.config == PIPE.config and loaded.fingerprint == PIPE.fingerprint
+    for steps in (1, 2, "teacher"):
+        assert torch.equal(all_images(loaded, 10, steps), all_images(PIPE, 10, steps))
+
+
+def test_the_folder_has_diffusers_shape(tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for component in ("tokenizer", "transformer", "student"):
+        assert index[component][0] == "distilled_decoding"
+        assert (tmp_path / component / "config.json").is_file()
+        weights = load_file(tmp_path / component / "model.safetensors")
+        assert all(w.dtype == torch.float16 for w in weights.values())
+
+
+def test_without_a_student_only_the_teacher_samples(tmp_path: Path) -> None:
+    tiny.pipeline(student=False).save_pretrained(tmp_path)
+    pipe = Pipeline.from_pretrained(tmp_path)
+    assert all_images(pipe, 3, "teacher").shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="no student yet"):
+        pipe.plan(1)
+
+
+@pytest.mark.parametrize("steps", [1, 4, "teacher", "teacher-ancestral"])
+def test_image_i_depends_on_its_key_and_label_alone(steps: int | str) -> None:
+    few, many = all_images(PIPE, 3, steps), all_images(PIPE, 13, steps)
+    assert torch.equal(few, many[:3])
+    condition, key_B = Condition.balanced(13, 3), image_keys("sampling", 0, range(13))
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
+    shuffled = torch.cat(list(PIPE.images(PIPE.plan(steps), condition[order], key_B[order])))
+    assert torch.equal(shuffled, many[order])
+
+
+def test_call_takes_labels_and_seeds() -> None:
+    both = PIPE([2, 0], seeds=[5, 6])
+    alone = PIPE([0], seeds=[6])
+    assert both.images[1].tobytes() == alone.images[0].tobytes()
+    assert both.images[0].size == (8, 8)
+    assert PIPE([2], seeds=[5], steps=2).images[0].tobytes() != PIPE([2], seeds=[6], steps=2).images[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": [3]}, "label 3 is outside 0..2"),
+        ({"labels": [-1]}, "label -1"),
+        ({"labels": [0], "seeds": [1, 2]}, "2 seeds do not fit 1 labels"),
+        ({"labels": [0], "steps": 0}, "got 0"),
+        ({"labels": [0], "steps": 5}, "got 5"),
+        ({"labels": [0], "steps": "techer"}, "techer"),
+        ({"labels": [0], "schedule": [0, 8, 8]}, "ascend"),
+        ({"labels": [0], "schedule": [0, 99]}, "99"),
+        ({"labels": [0], "steps": "teacher", "teacher_span": (0, 4)}, "student steps"),
+    ],
+)
+def test_bad_calls_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PIPE(**arguments)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "model.safetensors"
+    tensors = load_file(path)
+    renamed = {k.replace("norm.weight", "nrom.weight") if k == "norm.weight" else k: v for k, v in tensors.items()}
+    save_file(renamed, path)
+    with pytest.raises(ValueError, match="lacks 'norm.weight'"):
+        Pipeline.from_pretrained(tmp_path)
+    save_file(tensors | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="has 'extra'"):
+        Pipeline.from_pretrained(tmp_path)
+    save_file(tensors | {"norm.weight": torch.zeros(5)}, path)
+    with pytest.raises(ValueError, match=r"'norm.weight' has shape \(5,\)"):
+        Pipeline.from_pretrained(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        Pipeline.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="missing"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_an_index_with_a_wrong_field_is_refused(tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in index.items() if k != "split_block"}))
+    with pytest.raises(ValueError, match="split_block"):
+        Pipeline.from_pretrained(tmp_path)
+    path.write_text(json.dumps(index | {"family": "dalle"}))
+    with pytest.raises(ValueError, match="unknown family 'dalle'"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_models_are_found_by_name_and_folder(tmp_path: Path) -> None:
+    for name, folder in shipped().items():
+        assert resolve(name) == folder
+    with pytest.raises(ValueError, match="unknown model 'fashion-lamagen'.*shipped models"):
+        resolve("fashion-lamagen")
+    with pytest.raises(ValueError, match="no model_index.json"):
+        resolve(tmp_path)
+
+
+def test_to_uint8_clamps_and_rounds() -> None:
+    image = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5)
+    assert to_uint8(image).flatten().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_grid_lays_images_out_row_by_row() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+    picture = grid(images, columns=3, scale=1)
+    assert picture.size == (6, 4)
+    assert [picture.getpixel((x, 0)) for x in (0, 2, 4)] == [0, 1, 2]
+    assert [picture.getpixel((x, 2)) for x in (0, 2, 4)] == [3, 4, 0]

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from distilled_decoding.codebook import lookup
+from distilled_decoding.condition import Condition
+from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.sampling import Plan, check_plan, sample, spread_schedule
+from distilled_decoding.teacher import by_flow, rollout
+from tests import tiny
+
+PIPE = tiny.pipeline()
+CONDITION = Condition.balanced(6, 3)
+KEY_B = image_keys("sampling", 0, range(6))
+
+
+def codes(plan: Plan, callback=None) -> torch.Tensor:
+    return PIPE.codes(plan, CONDITION, KEY_B, callback)
+
+
+def teacher_codes() -> torch.Tensor:
+    noise_BLC = gaussian_noise(KEY_B, 16, 4)
+    choose = by_flow(PIPE.teacher.order, noise_BLC, PIPE.teacher.codebook, tiny.FLOW)
+    return lookup(rollout(PIPE.teacher, CONDITION, tiny.SAMPLING, choose), PIPE.teacher.codebook)
+
+
+def test_teacher_in_every_block_gives_the_teachers_own_tokens() -> None:
+    expected = teacher_codes()
+    assert torch.equal(codes(Plan((0, 4, 8, 12), teacher_span=(0, 16))), expected)
+    assert torch.equal(codes(Plan((0,), teacher_span=(0, 16))), expected)
+    assert torch.equal(codes(Plan(())), expected)
+
+
+def test_teacher_span_is_the_teacher_on_the_students_prefix() -> None:
+    first = codes(Plan((0,)))
+    both = codes(Plan((0, 8), teacher_span=(4, 8)))
+    assert torch.equal(both[:, :4], first[:, :4])
+    teachers_own = teacher_codes()
+    assert torch.equal(codes(Plan((0, 8), teacher_span=(0, 8)))[:, :8], teachers_own[:, :8])
+
+
+def test_span_at_the_end_comes_last() -> None:
+    names = []
+    codes(Plan((0, 8), teacher_span=(12, 16)), lambda step: names.append((step.name, step.block)))
+    assert names == [("student", 0), ("student", 8), ("teacher", 12)]
+
+
+def test_known_blocks_pass_through_unchanged() -> None:
+    states = []
+    codes(Plan((0, 4, 12)), lambda step: states.append(step.code_BLC))
+    assert torch.equal(states[1][:, :4], states[0][:, :4])
+    assert torch.equal(states[2][:, :12], states[1][:, :12])
+
+
+def test_ancestral_draws_depend_on_the_key_alone() -> None:
+    plan = Plan((), ancestral=True)
+    together = codes(plan)
+    assert not torch.equal(together, teacher_codes())
+    alone = PIPE.codes(plan, CONDITION[4:5], KEY_B[4:5])
+    assert torch.equal(together[4:5], alone)
+
+
+def test_one_signature_serves_student_and_teacher() -> None:
+    code_BLC = sample(Plan((0,)), PIPE.teacher, PIPE.student, CONDITION, KEY_B, tiny.SAMPLING, tiny.FLOW, split_block=0)
+    assert code_BLC.shape == (6, 16, 4)
+
+
+def test_spread_schedule() -> None:
+    starts = (0, 4, 8, 12)
+    assert [spread_schedule(k, starts) for k in (1, 2, 4)] == [(0,), (0, 8), (0, 4, 8, 12)]
+    for steps in (0, -1, 5):
+        with pytest.raises(ValueError, match=f"got {steps}"):
+            spread_schedule(steps, starts)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan((0, 8, 4)), "ascend"),
+        (Plan((4, 8)), "begin with block 0"),
+        (Plan((0, 16)), "past the last"),
+        (Plan((0, 5)), "cannot start at"),
+        (Plan((0, 8), teacher_span=(9, 8)), "ascend"),
+        (Plan((0, 8), teacher_span=(2, 6)), "must end at"),
+        (Plan((0, 8), teacher_span=(2, 17)), "within 0..16"),
+    ],
+)
+def test_impossible_plans_are_refused(plan: Plan, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_plan(plan, PIPE.teacher.order, (0, 4, 8, 12))

@@ -1,0 +1,71 @@
+"""A whole pipeline of toy size with random weights: 16 tokens, 16 codes, images of 8 px."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from distilled_decoding.families.llamagen.student import LlamaGenStudent
+from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
+from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
+from distilled_decoding.flow import FlowSettings
+from distilled_decoding.pipeline import Pipeline, PipelineConfig
+from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.trajectories import TrajectorySettings, generate
+
+SAMPLING = TeacherSampling(guidance_scale=2.0, top_k=12)
+FLOW = FlowSettings(num_steps=8)
+
+
+def teacher() -> LlamaGenTeacher:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = VQTokenizer(
+            TokenizerConfig(
+                image_channels=1,
+                ch=32,
+                encoder_ch_mult=(1, 1),
+                decoder_ch_mult=(1, 1),
+                num_res_blocks=1,
+                z_channels=8,
+                codebook_size=16,
+                code_dim=4,
+            )
+        )
+        sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 16, "num_tokens": 16, "num_classes": 3}
+        transformer = Transformer(TransformerConfig(**sizes))
+        # The fresh head predicts zeros, and a flat teacher would hide mistakes.
+        torch.nn.init.normal_(transformer.output.weight, std=0.5)
+    return LlamaGenTeacher(tokenizer, transformer).eval().requires_grad_(False)
+
+
+def pipeline(student: bool = True) -> Pipeline:
+    model = teacher()
+    config = PipelineConfig(
+        family="llamagen",
+        class_names=("a", "b", "c"),
+        sampling=SAMPLING,
+        flow=FLOW,
+        start_blocks=(0, 4, 8, 12),
+        split_block=16,
+        micro_batch=8,
+    )
+    untrained = LlamaGenStudent.from_teacher(model).eval().requires_grad_(False)
+    return Pipeline(model, untrained if student else None, config)
+
+
+def trajectory_settings(run_seed: int = 0) -> TrajectorySettings:
+    return TrajectorySettings(SAMPLING, FLOW, run_seed, micro_batch=8, shard_size=16)
+
+
+def store(folder: Path, pipe: Pipeline, num: int = 32) -> TrajectoryStore:
+    settings = trajectory_settings()
+    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint))
+    generate(pipe.teacher, made, settings, num, lambda items: None)
+    return made
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return asdict(a.config) == asdict(b.config) and all(torch.equal(x, y) for x, y in pairs)
