@@ -26,7 +26,7 @@ def test_a_trajectory_is_the_flow_map_of_its_own_noise(tmp_path: Path) -> None:
     assert shard.label_N.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -40,9 +40,9 @@ def test_interrupted_and_resumed_is_byte_identical(tmp_path: Path) -> None:
         def progress(items: int, done: list[int] = done, limit: int = stop_after) -> None:
             done.append(items)
             if sum(done) >= limit:
-                raise Stop
+                raise StopError
 
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             generate(PIPE.teacher, store, settings, 40, progress)
     tiny.store(tmp_path / "parts", PIPE, num=40)
     assert files(tmp_path / "whole") == files(tmp_path / "parts")

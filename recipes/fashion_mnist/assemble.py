@@ -1,4 +1,5 @@
-"""Put trained components together: python recipes/fashion_mnist/assemble.py --classifier DIR --teacher DIR ... --out DIR.
+"""Put trained components together: python recipes/fashion_mnist/assemble.py --out DIR --classifier DIR ...
+
 
 Writes `fashion-features` (classifier and the statistics of the 10,000 test images) and `fashion-llamagen` (teacher,
 and the student once there is one) as the package ships them.

@@ -48,7 +48,7 @@ class Settings:
 
     out: Path
     tokenizer: Path
-    num_steps: int = 4000
+    num_steps: int = 2600
     batch_size: int = 128
     learning_rate: float = 2e-3
     dropout: float = 0.1
@@ -91,6 +91,8 @@ def main(settings: Settings) -> None:
         num_classes=len(CLASSES),
     )
     model = Transformer(config, settings.dropout)
+    # Twice as fast on a CPU; the parameters stay those of `model`.
+    compiled = torch.compile(model)
     token_NL, label_N = training_tokens(settings, tokenizer)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -105,7 +107,7 @@ def main(settings: Settings) -> None:
         token_BL, label_B = token_NL[index], label_N[index]
         label_B = torch.where(torch.rand(len(label_B)) < settings.label_dropout, config.num_classes, label_B)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            logits_BLV = model(token_BL, Condition(label_B, config.num_classes))
+            logits_BLV = compiled(token_BL, Condition(label_B, config.num_classes))
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), token_BL.flatten())
         optimizer.zero_grad()
         loss.backward()
