@@ -1,8 +1,23 @@
 import pytest
 import torch
+from scipy import stats
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.teacher import Guidance, combine_guidance
+from distilled_decoding.condition import Condition
+from distilled_decoding.flow import FlowSettings
+from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.teacher import (
+    Guidance,
+    TeacherSampling,
+    by_chance,
+    by_flow,
+    combine_guidance,
+    draw,
+    log_probabilities,
+    rollout,
+)
+from tests import tiny
+from tests.golden import load_case
 
 
 def test_scale_one_is_conditional_to_the_last_bit_and_zero_is_unconditional():
@@ -48,3 +63,76 @@ def test_inactive_guidance_leaves_logits_alone_and_active_halves_the_batch():
 def test_wrong_settings_are_refused_with_their_value(wrong: dict):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         Guidance(**wrong)
+
+
+FILTERS = load_case("llamagen_filter")
+
+
+@pytest.mark.parametrize("name", FILTERS.config["filters"])
+def test_temperature_top_k_and_top_p_match_the_reference(name: str) -> None:
+    entry = FILTERS.config["filters"][name]
+    sampling = TeacherSampling(temperature=entry["temperature"], top_k=entry["top_k"], top_p=entry["top_p"])
+    p_BV = log_probabilities(FILTERS.inputs[f"logits_{entry['logits']}"][:, 0], sampling).exp()
+    expected_BV = FILTERS.outputs[f"probs_{name}"]
+    if entry.get("tie_order_dependent"):
+        # The reference's sort is unstable: which of equal codes survive is arbitrary.
+        p_BV, expected_BV = p_BV.sort().values, expected_BV.sort().values
+    torch.testing.assert_close(p_BV, expected_BV, rtol=FILTERS.rtol, atol=FILTERS.atol)
+
+
+def test_draws_are_as_frequent_as_p_and_never_where_p_is_zero() -> None:
+    log_p_V = torch.tensor([0.0, 0.3, 0.0, 0.1, 0.6, 0.0]).log()
+    uniform = (torch.arange(30_000) + 0.5) / 30_000
+    token = draw(log_p_V.expand(1, 30_000, 6), uniform[None].double())
+    assert torch.bincount(token[0], minlength=6).tolist() == [0, 9000, 0, 3000, 18_000, 0]
+    edges = draw(log_p_V.expand(1, 2, 6), torch.tensor([[1e-12, 1 - 1e-12]], dtype=torch.float64))
+    assert edges.tolist() == [[1, 4]]
+
+
+@pytest.mark.parametrize("how", ["flow", "chance"])
+def test_two_tokens_are_distributed_as_the_teacher_says(how: str) -> None:
+    """The joint of two tokens, guidance and top-k included: the map is exact along the sequence too."""
+    teacher, num = tiny.teacher(), 20_000
+    condition = Condition(torch.full((num,), 1), 3)
+    key_B = image_keys("sampling", 0, range(num))
+    noise_BLC = gaussian_noise(key_B, 16, 4)
+    flow = by_flow(teacher.order, noise_BLC, teacher.codebook, FlowSettings(num_steps=40))
+    choose = flow if how == "flow" else by_chance(teacher.order, key_B)
+    token_BL = rollout(teacher, condition, tiny.SAMPLING, choose, end_block=2)
+
+    both = torch.cartesian_prod(torch.arange(16), torch.zeros(1, dtype=torch.long))
+    logits_BLV = teacher.forced_logits(torch.nn.functional.pad(both, (0, 14)), condition[:16], tiny.SAMPLING.guidance)
+    log_p_BLV = log_probabilities(logits_BLV, tiny.SAMPLING)
+    joint = (log_p_BLV[0, 0].exp()[:, None] * log_p_BLV[:, 1].exp()).double().flatten()
+    counts = torch.bincount(token_BL[:, 0] * 16 + token_BL[:, 1], minlength=256).double()
+    assert counts[joint == 0].sum() == 0
+    enough = joint * num >= 5
+    rest = [counts[~enough].sum(), joint[~enough].sum() * num]
+    observed = torch.cat([counts[enough], rest[0][None]])
+    expected = torch.cat([joint[enough] * num, rest[1][None]])
+    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
+
+
+def test_a_prefix_is_kept_and_continued() -> None:
+    teacher, condition = tiny.teacher(), Condition.balanced(4, 3)
+    noise_BLC = gaussian_noise(image_keys("sampling", 0, range(4)), 16, 4)
+    choose = by_flow(teacher.order, noise_BLC, teacher.codebook, tiny.FLOW)
+    whole_BL = rollout(teacher, condition, tiny.SAMPLING, choose)
+    part_BL = rollout(teacher, condition, tiny.SAMPLING, choose, end_block=6)
+    assert torch.equal(part_BL, whole_BL[:, :6])
+    assert torch.equal(rollout(teacher, condition, tiny.SAMPLING, choose, prefix_BL=part_BL), whole_BL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
+        ({"top_k": -1}, "top-k must be 0"),
+        ({"top_p": 1.5}, "top-p must lie in 0..1, got 1.5"),
+        ({"guidance_scale": float("nan")}, "guidance scale"),
+        ({"guidance_ramp": "quadratic"}, "unknown guidance ramp 'quadratic'"),
+    ],
+)
+def test_bad_sampling_settings_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TeacherSampling(**change)

@@ -48,10 +48,10 @@ class Settings:
 
     out: Path
     tokenizer: Path
-    num_steps: int = 2600
+    num_steps: int = 2100
     batch_size: int = 128
     learning_rate: float = 2e-3
-    dropout: float = 0.1
+    dropout: float = 0.0
     label_dropout: float = 0.1
     dim: int = 192
     num_layers: int = 6
@@ -78,6 +78,7 @@ def training_tokens(settings: Settings, tokenizer: VQTokenizer) -> tuple[Tensor,
 def main(settings: Settings) -> None:
     """Train and write the component."""
     torch.set_num_threads(2)
+    torch.set_flush_denormal(True)
     torch.manual_seed(settings.seed)
     tokenizer = VQTokenizer(load_config(TokenizerConfig, settings.tokenizer / "config.json"))
     load_component(settings.tokenizer, tokenizer)

@@ -23,7 +23,7 @@ from distilled_decoding.condition import Condition
 from distilled_decoding.losses import ImageDistance, Losses, LossWeights, corrupt, distillation_loss
 from distilled_decoding.noise import gaussian_noise
 from distilled_decoding.store import Shard
-from distilled_decoding.student import Student
+from distilled_decoding.student import StudentOutput
 from distilled_decoding.teacher import Teacher
 
 
@@ -44,7 +44,7 @@ class DistillSettings:
         block_weights: weight of each block in the loss; () weighs all tokens alike.
         loss: weights of the parts of the loss.
         bf16: run the student under bfloat16 autocast.
-        compile: run the student through torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
+        compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
         seed: of the training order and the starting blocks.
 
     Raises:
@@ -149,7 +149,7 @@ def update_ema(ema: nn.Module, student: nn.Module, step: int, settings: DistillS
 
 def batch_loss(
     teacher: Teacher,
-    student: Student,
+    student: Callable[[Tensor, Condition, Tensor], StudentOutput],
     batch: Shard,
     known_blocks_B: Tensor,
     settings: DistillSettings,
