@@ -19,7 +19,8 @@ from training import cosine, run
 from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.codebook import nearest
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.metrics.features import load_classifier, perceptual_distance
+from distilled_decoding.metrics.features import load_classifier
+from distilled_decoding.metrics.perceptual import classifier_distance
 
 CONFIG = TokenizerConfig(
     image_channels=1,
@@ -86,7 +87,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(2)
     torch.manual_seed(settings.seed)
     tokenizer, critic = VQTokenizer(CONFIG), discriminator()
-    perceptual = load_classifier(settings.perceptual).requires_grad_(False)
+    perceptual = classifier_distance(load_classifier(settings.perceptual))
     optimizers = {
         "tokenizer_optimizer": torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4),
         "critic_optimizer": torch.optim.AdamW(critic.parameters(), betas=(0.5, 0.9), weight_decay=1e-4),
@@ -102,7 +103,7 @@ def main(settings: Settings) -> None:
         code, codebook_loss, token_N = quantise(tokenizer, z)
         y = tokenizer.decode(code)
         pixels = F.l1_loss(y, x) + F.mse_loss(y, x)
-        distance = perceptual_distance(perceptual, y, x)
+        distance = perceptual(y, x)
         loss = pixels + settings.perceptual_weight * distance
         losses = {"pixels": pixels.item(), "perceptual": distance.item(), "codebook": codebook_loss.item()}
         adversarial = step >= settings.num_steps // 2

@@ -19,7 +19,7 @@ from distilled_decoding.trajectories import TrajectorySettings
 
 Model = Positional[str]
 Settings = Annotated[DistillSettings, OmitArgPrefixes]
-Perceptual = Literal["none", "classifier"]
+Perceptual = Literal["none", "classifier", "effnet-lite0", "lpips"]
 
 
 def info(model: Model, json: bool = False) -> None:  # noqa: A002

@@ -6,7 +6,6 @@ Axis letters: N B images, H W image.
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from distilled_decoding.evaluate import EvaluationSettings, evaluate, markdown_t
 from distilled_decoding.export import read_pngs, write_npz, write_pngs
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import ImageDistance
-from distilled_decoding.metrics.features import perceptual_distance
+from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, grid
 from distilled_decoding.progress import Stopped, progress_bar, stop_signal
@@ -244,11 +243,16 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def image_distance(name: str, device: str) -> ImageDistance | None:
-    """A perceptual distance by name: `none`, or `classifier`, the shipped one's features."""
+    """A perceptual distance by name: `none`, `classifier` (the shipped one's features), `effnet-lite0` or `lpips`.
+
+    Raises:
+        ValueError: the packages that it needs are not there.
+    """
     if name == "none":
         return None
-    classifier = zoo.classifier().to(device).requires_grad_(False)
-    return partial(perceptual_distance, classifier)
+    if name == "classifier":
+        return classifier_distance(zoo.classifier().to(device))
+    return effnet_lite0_distance(device) if name == "effnet-lite0" else lpips_distance(device)
 
 
 def evaluate_model(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from distilled_decoding.checkpoint import load_component, load_config
@@ -75,18 +74,6 @@ class Classifier(nn.Module):
         """Features and class logits of images in [-1, 1], [B, C, H, W]."""
         feature_BD = self.stages_BCHW(image_BCHW)[-1].mean((2, 3))
         return Scores(feature_BD, self.head(feature_BD))
-
-
-def perceptual_distance(classifier: Classifier, image_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared distance of channel-normalised feature maps over all stages (the form of LPIPS, unweighted).
-
-    Returns:
-        A scalar; gradients flow to `image_BCHW`.
-    """
-    with torch.no_grad():
-        targets = [nn.functional.normalize(m, dim=1) for m in classifier.stages_BCHW(target_BCHW)]
-    maps = [nn.functional.normalize(m, dim=1) for m in classifier.stages_BCHW(image_BCHW)]
-    return torch.stack([(m - t).square().sum(1).mean() for m, t in zip(maps, targets, strict=True)]).sum()
 
 
 def load_classifier(folder: Path) -> Classifier:
