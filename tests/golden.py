@@ -52,7 +52,9 @@ def _load_weights(entry: dict[str, Any]) -> dict[str, Tensor]:
     if not entry.get("generated"):
         return load_file(FOLDER / entry["file"])
     rule = json.loads((FOLDER / entry["file"]).read_text())
-    return {key: _generate(key, rule["seed"], **spec) for key, spec in rule["tensors"].items()}
+    # What is marked as a buffer is as any model builds it.
+    tensors = {key: spec for key, spec in rule["tensors"].items() if not spec.get("buffer")}
+    return {key: _generate(key, rule["seed"], **spec) for key, spec in tensors.items()}
 
 
 def _generate(key: str, seed: int, shape: list[int], mean: float, std: float, sha256_16: str) -> Tensor:

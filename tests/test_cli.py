@@ -1,22 +1,35 @@
 """The commands on a toy pipeline: outputs, going on, and one sentence for every mistake."""
 
 import json
+import os
+import re
+import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from distilled_decoding import cli
+from distilled_decoding import cli, demo, zoo
+from distilled_decoding.pipeline import Pipeline
+from distilled_decoding.records import environment
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zoo") / "tiny"
-    tiny.pipeline().save_pretrained(folder, torch.float32)
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trajectories")
+    tiny.store(folder, tiny.pipeline())
     return folder
 
 
@@ -58,7 +71,8 @@ def test_sample_writes_numbered_pngs_a_grid_and_the_evaluators_file(run, model: 
     assert np.array_equal(np.asarray(Image.open(out / "000007.png")), arrays["arr_0"][7, :, :, 0])
     assert Image.open(picture).size == (10 * 8 * 2, 2 * 8 * 2)
     record = json.loads((out / "run.json").read_text())
-    assert record["settings"]["labels"] == [2, 0] and "torch" in record["versions"]
+    assert record["settings"]["labels"] == [2, 0] and record["settings"]["plan"]["schedule"] == [0]
+    assert record["notes"]["model"] == str(model) and "torch" in record["versions"]
 
 
 def test_sample_goes_on_where_it_stopped(run, model: Path, tmp_path: Path) -> None:
@@ -88,17 +102,26 @@ def test_trajectories_distil_and_sample(run, model: Path, tmp_path: Path) -> Non
     assert code == 0 and json.loads(text)["made"] == 24
     assert json.loads(run(*make, "--json")[1])["made"] == 0
     assert run("verify", trajectories)[0] == 0
-    words = ["distill", model, "--trajectories", trajectories, "--out", student, "--num-steps", 25]
+    words = ["distill", model, "--trajectories", trajectories, "--out", student, "--num-updates", 25]
     code, text, _ = run(*words, "--batch-size", 4, "--start-blocks", 0, 8, "--json")
     assert code == 0 and json.loads(text)["start_blocks"] == [0, 8]
-    assert json.loads((student / "log.jsonl").read_text().splitlines()[0])["step"] == 20
+    assert json.loads((student / "log.jsonl").read_text().splitlines()[0])["update"] == 20
     assert run("sample", student, "--num", 3, "--steps", 2, "--grid", tmp_path / "g.png")[0] == 0
     code, _, error = run("sample", student, "--num", 3, "--steps", 4, "--grid", tmp_path / "g.png")
     assert code == 2 and "got 4" in error
     shard = next(trajectories.glob("shard-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    code, text, _ = run("verify", trajectories)
-    assert code == 1 and shard.name in text
+    code, text, _ = run("verify", trajectories, "--json")
+    assert code == 1 and shard.name in json.loads(text)["problems"][0]
+
+
+def test_verify_checks_a_model(run, model: Path, tmp_path: Path) -> None:
+    assert json.loads(run("verify", model, "--json")[1]) == {"kind": "pipeline", "problems": []}
+    copy = shutil.copytree(model, tmp_path / "copy")
+    weights = copy / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    code, text, _ = run("verify", copy)
+    assert code == 1 and str(weights) in text
 
 
 def mistakes() -> list[tuple[list, str]]:
@@ -108,6 +131,15 @@ def mistakes() -> list[tuple[list, str]]:
         (["sample", "MODEL", "--num", 0, "--grid", "g.png"], "--num must be at least 1, got 0"),
         (["sample", "MODEL", "--num", -5, "--grid", "g.png"], "got -5"),
         (["sample", "MODEL", "--num", 2], "nowhere to write"),
+        (["sample", "MODEL", "--grid", "g.jpg"], "g.jpg must end in .png, got '.jpg'"),
+        (["sample", "MODEL", "--npz", "samples"], "samples must end in .npz"),
+        (["sample", "MODEL", "--grid", "file/g.png"], "file"),
+        (["sample", "MODEL", "--out", "file/samples"], "file/samples: Not a directory"),
+        (["sample", "MODEL", "--out", "file"], "file is a file"),
+        (["sample", "MODEL", "--grid", "g.png", "--device", "cuda:99"], "no device 'cuda:99' here"),
+        (["sample", "MODEL", "--grid", "g.png", "--device", "gpu"], "--device can be cpu"),
+        (["sample", "[red]MODEL[/red]", "--grid", "g.png"], "unknown model '[red]MODEL[/red]'"),
+        (["sample", "MODEL", "--steps", "2", "--schedule", 0, 8, "--grid", "g.png"], "not both"),
         (["sample", "MODEL", "--steps", "0", "--grid", "g.png"], "got 0"),
         (["sample", "MODEL", "--steps", "two", "--grid", "g.png"], "got 'two'"),
         (["sample", "MODEL", "--schedule", 0, 8, 4, "--grid", "g.png"], "must strictly ascend"),
@@ -117,28 +149,39 @@ def mistakes() -> list[tuple[list, str]]:
         (["trajectories", "MODEL", "--num", 0, "--out", "t"], "--num must be at least 1, got 0"),
         (["trajectories", "MODEL", "--num", 8, "--out", "t", "--micro-batch", 0], "micro-batch 0"),
         (["distill", "MODEL", "--trajectories", "nowhere", "--out", "d"], "holds no trajectories"),
+        (["distill", "MODEL", "--trajectories", "foreign", "--out", "d"], "manifest.json is not"),
+        (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--start-blocks", 0, 77], "past the last"),
+        (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--split-block", 99], "split_block"),
+        (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual", "lpips"], "give both or neither"),
+        (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual-weight", 1], "give both or neither"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),
         (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 2"),
-        (["verify", "nowhere"], "holds no trajectories"),
+        (["verify", "nowhere"], "nowhere holds neither trajectories"),
         (["info", "."], "no model_index.json"),
     ]
 
 
 @pytest.mark.parametrize(("words", "sentence"), mistakes(), ids=lambda value: str(value)[:60])
 def test_a_mistake_gets_one_sentence_and_exit_code_2(
-    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list, sentence: str
+    run, model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list, sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, error = run(*[model if word == "MODEL" else word for word in words])
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text('{"files": []}')
+    code, out, error = run(*[{"MODEL": model, "T": made}.get(word, word) for word in words])
     assert code == 2
     assert sentence in error and "Traceback" not in error and out == ""
     assert len([line for line in error.splitlines() if line.strip().startswith("error")]) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "foreign"]
 
 
 def test_a_folder_of_another_run_is_refused(run, model: Path, tmp_path: Path) -> None:
     run("sample", model, "--num", 2, "--out", tmp_path / "s")
     code, _, error = run("sample", model, "--num", 2, "--seed", 1, "--out", tmp_path / "s")
-    assert code == 2 and "another run: its seed is 0, not 1" in error
+    assert code == 2 and "another run: its seed is 0, not 1;" in error
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert run("sample", copy, "--num", 2, "--schedule", 0, "--out", tmp_path / "s")[0] == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("do not touch")
     code, _, error = run("sample", model, "--num", 2, "--out", tmp_path / "mine")
@@ -150,9 +193,89 @@ def test_trajectories_of_another_teacher_are_refused(run, model: Path, tmp_path:
     run(*make)
     other = tiny.pipeline()
     other.teacher.transformer.norm.weight.data += 1
-    other.save_pretrained(tmp_path / "other", torch.float32)
+    other.save_pretrained(tmp_path / "other")
     code, _, error = run("distill", tmp_path / "other", "--trajectories", tmp_path / "t", "--out", tmp_path / "d")
     assert code == 2 and "another teacher" in error
+
+
+def test_any_whole_number_is_a_seed(run, model: Path, made: Path, tmp_path: Path) -> None:
+    for seed in (-5, 2**80):
+        assert run("sample", model, "--num", 2, "--seed", seed, "--grid", tmp_path / "g.png")[0] == 0
+        words = ["--num-updates", 1, "--batch-size", 2, "--seed", seed, "--out", tmp_path / str(seed)]
+        assert run("distill", model, "--trajectories", made, *words)[0] == 0
+
+
+def test_several_processes_are_refused(run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = run("info", model)
+    assert code == 2 and "WORLD_SIZE is 2" in error
+
+
+def test_a_stopped_sample_that_keeps_nothing_does_not_claim_to_go_on(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = Pipeline.images
+
+    def interrupted(*args: object) -> Iterator:
+        os.kill(os.getpid(), signal.SIGINT)
+        return images(*args)
+
+    monkeypatch.setattr(Pipeline, "images", interrupted)
+    for place, message in (("--grid", "stopped"), ("--out", "stopped; the same command goes on")):
+        code, _, error = run("sample", model, "--num", 20, place, tmp_path / "s.png")
+        assert code == 130 and error.splitlines()[-1] == message
+
+
+def test_every_field_of_json_is_documented(
+    run, model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, reference = tiny.classifier()
+    monkeypatch.setattr(zoo, "classifier", lambda: classifier)
+    monkeypatch.setattr(zoo, "real_images", lambda: reference)
+    monkeypatch.setattr(demo, "FAST", demo.DemoSize(trajectories=8, updates=1, samples=6))
+    words = {
+        "info": [model],
+        "sample": [model, "--num", 2, "--out", tmp_path / "s"],
+        "trajectories": [model, "--num", 8, "--micro-batch", 8, "--shard-size", 8, "--out", tmp_path / "t"],
+        "distill": [model, "--trajectories", made, "--num-updates", 1, "--batch-size", 2, "--out", tmp_path / "d"],
+        "evaluate": [model, "--num", 6, "--seeds", 0, 1, "--methods", "teacher", 1, "--out", tmp_path / "e"],
+        "demo": ["--model", model, "--fast", "--out", tmp_path / "demo"],
+        "verify": [made],
+    }
+    assert set(words) == set(cli.COMMANDS)
+    printed = {name: fields(json.loads(run(name, *rest, "--json")[1])) for name, rest in words.items()}
+    documented = documented_fields()
+    place = {name for name in documented["run.json"] if name.split(".")[0] in environment()}
+    documented["distill"] |= documented["info"]
+    documented["evaluate"] |= place
+    documented["demo"] |= place
+    for name in words:
+        assert printed[name] == documented[name], name
+    for folder in "s", "t", "d", "e", "demo":
+        record = json.loads((tmp_path / folder / "run.json").read_text())
+        assert fields({**record, "settings": 0, "notes": 0}) == documented["run.json"]
+
+
+def documented_fields() -> dict[str, set[str]]:
+    text = (Path(__file__).parent.parent / "docs" / "cli.md").read_text()
+    parts = re.split(r"^## `(.*)`$", text, flags=re.MULTILINE)[1:]
+    return {
+        name: set(re.findall(r"^\| `([^`]+)` \|", part, re.MULTILINE))
+        for name, part in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def fields(values: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in values.items():
+        name = prefix + ("METHOD" if prefix == "methods." else key)
+        if isinstance(value, dict):
+            found |= fields(value, f"{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            found |= fields(value[0], f"{name}[].")
+        else:
+            found.add(name)
+    return found
 
 
 def test_unknown_flags_and_commands_exit_with_2(run, model: Path) -> None:

@@ -12,18 +12,19 @@ from distilled_decoding.distill import (
     DistillSettings,
     Update,
     batch_indices,
+    batch_loss,
     distill,
     learning_rate_at,
     start_blocks_of,
 )
-from distilled_decoding.losses import LossWeights, corrupt, distillation_loss
+from distilled_decoding.losses import LossWeights, corrupt, distillation_loss, perceptual_loss
 from distilled_decoding.noise import image_keys
 from distilled_decoding.sampling import Plan
-from distilled_decoding.student import StudentOutput
+from distilled_decoding.student import StudentOutput, soft_sequence
 from tests import tiny
 
 SETTINGS = DistillSettings(
-    num_steps=12, batch_size=4, warmup=2, start_blocks=(0, 8), start_weights=(2.0, 1.0), bf16=False, ema_rate=0.9
+    num_updates=12, batch_size=4, warmup=2, start_blocks=(0, 8), start_weights=(2.0, 1.0), bf16=False, ema_rate=0.9
 )
 
 
@@ -34,9 +35,9 @@ def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | 
 
     def on_update(update: Update) -> bool:
         losses.append(float(update.losses.total.detach()))
-        return update.step != stop_after
+        return update.number != stop_after
 
-    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, tmp_path / "state.safetensors", on_update)
+    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, tmp_path / "state.safetensors", on_update)
     return student, losses
 
 
@@ -54,9 +55,11 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     shard = tiny.store(tmp_path / "trajectories", pipe).load()[:8]
     settings = DistillSettings(
-        num_steps=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
+        num_updates=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
     )
-    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, tmp_path / "s.safetensors", lambda u: True)
+    student = distill(
+        pipe.teacher, pipe.new_student(0), shard, settings, 16, tmp_path / "s.safetensors", lambda u: True
+    )
     trained = pipe.with_student(student, settings.start_blocks, split_block=16)
     condition = Condition(shard.label_N, 3)
     expected = lookup(shard.token_NL, pipe.teacher.codebook)
@@ -118,36 +121,55 @@ def test_block_weights_choose_what_counts() -> None:
 
 
 def test_gradient_of_the_perceptual_loss_goes_through_the_decoder() -> None:
+    """To the logits before the split and to the codes from it on, as numeric differences say."""
     pipe = tiny.pipeline()
-    code_BLC = torch.randn(2, 16, 4, dtype=torch.float64)
-    teacher = pipe.teacher.double()
-    target_BLC = torch.randn(2, 16, 4, dtype=torch.float64)
-    known_BL = torch.zeros(2, 16, dtype=torch.bool)
-    known_BL[:, :4] = True
+    teacher, order = pipe.teacher.double(), pipe.teacher.order
+    torch.manual_seed(0)
+    logits_BLV, code_BLC, target_BLC = torch.randn(2, 16, 16), torch.randn(2, 16, 4), torch.randn(2, 16, 4)
+    inputs = [x.double().requires_grad_() for x in (logits_BLV, code_BLC)]
 
-    def loss(code: torch.Tensor) -> torch.Tensor:
-        output = StudentOutput(torch.zeros(2, 16, 16, dtype=torch.float64), code)
-        weights = LossWeights(0, 0, 1)
-        token_BL = torch.zeros(2, 16, dtype=torch.long)
-        distance = torch.nn.functional.mse_loss
-        return distillation_loss(output, token_BL, target_BLC, known_BL, weights, None, teacher.decode, distance).total
+    def loss(logits: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        predicted = soft_sequence(StudentOutput(logits, code), teacher.codebook, order, split_block=6)
+        return perceptual_loss(predicted, target_BLC.double(), teacher.decode, torch.nn.functional.mse_loss)
 
-    code_BLC.requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(code_BLC), code_BLC)
-    assert gradient[:, :4].abs().max() == 0
-    direction = torch.randn_like(code_BLC)
-    numeric = (loss(code_BLC + 1e-5 * direction) - loss(code_BLC - 1e-5 * direction)) / 2e-5
-    assert (gradient * direction).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
-    assert gradient[:, 4:].abs().max() > 0
+    gradients = torch.autograd.grad(loss(*inputs), inputs)
+    assert gradients[0][:, 6:].abs().max() == 0 and gradients[0][:, :6].abs().max() > 0
+    assert gradients[1][:, :6].abs().max() == 0 and gradients[1][:, 6:].abs().max() > 0
+    for place, gradient in enumerate(gradients):
+        direction = torch.randn_like(gradient)
+        moved = [[x + sign * 1e-5 * direction if i == place else x for i, x in enumerate(inputs)] for sign in (1, -1)]
+        numeric = (loss(*moved[0]) - loss(*moved[1])) / 2e-5
+        assert (gradient * direction).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
+
+
+def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    shard = tiny.store(tmp_path / "trajectories", pipe).load()[:4]
+    settings = replace(SETTINGS, loss=LossWeights(0, 0, 1))
+    student = pipe.new_student(0)
+    known_blocks_B = torch.zeros(4, dtype=torch.long)
+    distance = torch.nn.functional.mse_loss
+    for split, trained, idle in ((16, "output", "final_layer_conti"), (0, "final_layer_conti", "output")):
+        student.zero_grad()
+        batch_loss(pipe.teacher, student, shard, known_blocks_B, settings, split, distance).total.backward()
+        assert any(p.grad.abs().max() > 0 for n, p in student.named_parameters() if n.startswith(trained))
+        assert all(
+            p.grad is None or p.grad.abs().max() == 0 for n, p in student.named_parameters() if n.startswith(idle)
+        )
+    with pytest.raises(ValueError, match="needs an image distance"):
+        distill(pipe.teacher, student, shard, settings, 16, tmp_path / "s.safetensors", lambda u: True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
-        ({"learning_rate": -1.0}, "learning rate must be positive, got -1"),
-        ({"ema_rate": 1.0}, "EMA rate"),
+        ({"num_updates": 0}, "num_updates must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive, got -1"),
+        ({"ema_rate": 1.0}, "ema_rate"),
         ({"start_weights": (1.0,)}, "1 start weights do not fit 2"),
+        ({"start_weights": (0.0, 0.0)}, "start_weights must not be negative and one must be positive"),
+        ({"grad_clip": -1.0}, "grad_clip must be positive, got -1"),
+        ({"warmup": -1}, "warmup must not be negative, got -1"),
     ],
 )
 def test_bad_settings_are_refused(change: dict, message: str) -> None:
@@ -158,9 +180,11 @@ def test_bad_settings_are_refused(change: dict, message: str) -> None:
 def test_settings_are_compared_with_the_teacher() -> None:
     order = BlockOrder.raster(16)
     with pytest.raises(ValueError, match="past the last"):
-        replace(SETTINGS, start_blocks=(0, 16)).check(order)
+        replace(SETTINGS, start_blocks=(0, 16)).check(order, 16)
     with pytest.raises(ValueError, match="block weights"):
-        replace(SETTINGS, block_weights=(1.0, 2.0)).check(order)
+        replace(SETTINGS, block_weights=(1.0, 2.0)).check(order, 16)
+    with pytest.raises(ValueError, match="split_block must lie in 0..16.*got 17"):
+        SETTINGS.check(order, 17)
 
 
 def test_keys_of_training_are_not_those_of_evaluation() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from distilled_decoding.checkpoint import fingerprint
 from distilled_decoding.condition import Condition
 from distilled_decoding.evaluate import (
     Evaluation,
@@ -17,11 +18,11 @@ from distilled_decoding.evaluate import (
     summary,
 )
 from distilled_decoding.flow import FlowSettings
+from distilled_decoding.images import to_uint8
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig
 from distilled_decoding.metrics.frechet import Statistics, frechet_distance
 from distilled_decoding.metrics.reference import real_statistics
 from distilled_decoding.noise import gaussian_noise, image_keys
-from distilled_decoding.pipeline import fingerprint, to_uint8
 from distilled_decoding.sampling import Plan
 from distilled_decoding.store import Shard
 from distilled_decoding.teacher import TeacherSampling
@@ -104,7 +105,8 @@ def of(evaluation, method):
 def test_every_method_of_a_real_pipeline_is_measured(classifier, reference, tmp_path):
     pipeline = tiny.pipeline()
     shard = tiny.store(tmp_path / "trajectories", pipeline).load()
-    settings = EvaluationSettings(num=20, seeds=(0, 1), keep=3)
+    methods = ("teacher", "teacher-ancestral", "1", "2", "4", "onestep")
+    settings = EvaluationSettings(methods, num=20, seeds=(0, 1), keep=3)
     evaluation = evaluate(pipeline, classifier, settings, reference, tmp_path / "out", shard)
     assert [(r.method, r.seed) for r in evaluation.results] == [(m, s) for m in settings.methods for s in (0, 1)]
     for result in evaluation.results:
@@ -173,12 +175,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(classifier, reference, tmp_pa
 def test_a_folder_of_another_model_is_refused_before_anything_is_sampled(classifier, reference, tmp_path):
     run(StubPipeline(), classifier, reference, tmp_path)
     other = StubPipeline(bias=1.0)
-    with pytest.raises(ValueError, match="1-seed0.json was made with student .* choose another --out"):
+    with pytest.raises(
+        ValueError, match="1-seed0.json was made from something else: its student is .* choose another --out"
+    ):
         run(other, classifier, reference, tmp_path)
     teacher_only = dataclasses.replace(QUICK, methods=("teacher",))
     run(other, classifier, reference, tmp_path, teacher_only)
     assert other.calls == []
-    with pytest.raises(ValueError, match="made with num 100, not 90"):
+    with pytest.raises(ValueError, match="its num is 100, not 90"):
         run(StubPipeline(), classifier, reference, tmp_path, dataclasses.replace(QUICK, num=90))
 
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from distilled_decoding.condition import Condition
 from distilled_decoding.noise import image_keys
-from distilled_decoding.pipeline import Pipeline, grid, to_uint8
+from distilled_decoding.images import grid, to_uint8
+from distilled_decoding.pipeline import Pipeline, problems
 from distilled_decoding.zoo import resolve, shipped
 from tests import tiny
 
@@ -20,7 +21,7 @@ def all_images(pipe: Pipeline, num: int, steps: int | str = 1) -> torch.Tensor:
 
 
 def test_saved_and_loaded_gives_the_same_images(tmp_path: Path) -> None:
-    PIPE.save_pretrained(tmp_path / "pipe", torch.float32)
+    PIPE.save_pretrained(str(tmp_path / "pipe"))
     loaded = Pipeline.from_pretrained(tmp_path / "pipe")
     assert loaded.config == PIPE.config and loaded.fingerprint == PIPE.fingerprint
     for steps in (1, 2, "teacher"):
@@ -28,7 +29,7 @@ def test_saved_and_loaded_gives_the_same_images(tmp_path: Path) -> None:
 
 
 def test_the_folder_has_diffusers_shape(tmp_path: Path) -> None:
-    PIPE.save_pretrained(tmp_path)
+    PIPE.save_pretrained(tmp_path, torch.float16)
     index = json.loads((tmp_path / "model_index.json").read_text())
     for component in ("tokenizer", "transformer", "student"):
         assert index[component][0] == "distilled_decoding"
@@ -75,6 +76,11 @@ def test_call_takes_labels_and_seeds() -> None:
         ({"labels": [0], "schedule": [0, 8, 8]}, "ascend"),
         ({"labels": [0], "schedule": [0, 99]}, "99"),
         ({"labels": [0], "steps": "teacher", "teacher_span": (0, 4)}, "student steps"),
+        ({"labels": []}, "labels is empty"),
+        ({"labels": [0], "schedule": []}, "begin with block 0"),
+        ({"labels": [0], "steps": 1, "schedule": [0]}, "not both"),
+        ({"labels": [0], "schedule": [0, 8, 12], "teacher_span": (4, 12)}, "overwrite the student's step at block 8"),
+        ({"labels": [0], "schedule": [0, 4, 8], "teacher_span": (4, 8)}, "overwrite the student's step at block 4"),
     ],
 )
 def test_bad_calls_are_refused(arguments: dict, message: str) -> None:
@@ -104,12 +110,27 @@ def test_damage_is_named(tmp_path: Path) -> None:
         Pipeline.from_pretrained(tmp_path)
 
 
+def test_hashes_find_a_changed_file(tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    assert problems(tmp_path) == []
+    path = tmp_path / "student" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    (tmp_path / "tokenizer" / "model.safetensors").unlink()
+    assert [("missing" in p, "damaged" in p) for p in problems(tmp_path)] == [(True, False), (False, True)]
+
+
 def test_an_index_with_a_wrong_field_is_refused(tmp_path: Path) -> None:
     PIPE.save_pretrained(tmp_path)
     path = tmp_path / "model_index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in index.items() if k != "split_block"}))
     with pytest.raises(ValueError, match="split_block"):
+        Pipeline.from_pretrained(tmp_path)
+    path.write_text(json.dumps(index | {"split_block": 17}))
+    with pytest.raises(ValueError, match="split_block 17 leaves the sequence"):
+        Pipeline.from_pretrained(tmp_path)
+    path.write_text(json.dumps(index | {"micro_batch": 0}))
+    with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
         Pipeline.from_pretrained(tmp_path)
     path.write_text(json.dumps(index | {"family": "dalle"}))
     with pytest.raises(ValueError, match="unknown family 'dalle'"):

@@ -35,14 +35,31 @@ def test_damage_is_found(tmp_path: Path) -> None:
     for number in range(3):
         store.write(number, shard(number, 4))
     assert store.problems() == []
-    path = tmp_path / "t" / "shard-00001.safetensors"
+    path = tmp_path / "t" / "shard-00001-000004.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    (tmp_path / "t" / "shard-00002.safetensors").unlink()
+    (tmp_path / "t" / "shard-00002-000004.safetensors").unlink()
     damaged, missing = store.problems()
     assert "shard-00001" in damaged and "damaged" in damaged
     assert "shard-00002" in missing and "missing" in missing
+
+
+def test_a_shard_grows_without_losing_the_old_one(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "t", SETTINGS)
+    store.write(0, shard(0, 2))
+    store.write(0, shard(0, 5))
+    assert [path.name for path in (tmp_path / "t").glob("shard-*")] == ["shard-00000-000005.safetensors"]
+    assert len(TrajectoryStore.open(tmp_path / "t").load()) == 5
+
+
+def test_loading_damage_is_refused(tmp_path: Path) -> None:
+    store = TrajectoryStore.create(tmp_path / "t", SETTINGS)
+    store.write(0, shard(0, 4))
+    path = tmp_path / "t" / "shard-00000-000004.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="damaged"):
+        store.load()
 
 
 def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
@@ -57,3 +74,6 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
         TrajectoryStore.open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no finished shard"):
         TrajectoryStore.open(tmp_path / "t").load()
+    (tmp_path / "u" / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(ValueError, match="not a manifest of trajectories"):
+        TrajectoryStore.open(tmp_path / "u")

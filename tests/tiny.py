@@ -9,6 +9,9 @@ from distilled_decoding.families.llamagen.student import LlamaGenStudent
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
 from distilled_decoding.flow import FlowSettings
+from distilled_decoding.metrics.features import Classifier, ClassifierConfig
+from distilled_decoding.metrics.frechet import Statistics
+from distilled_decoding.metrics.reference import real_statistics
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
@@ -64,6 +67,15 @@ def store(folder: Path, pipe: Pipeline, num: int = 32) -> TrajectoryStore:
     made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint))
     generate(pipe.teacher, made, settings, num, lambda items: None)
     return made
+
+
+def classifier() -> tuple[Classifier, Statistics]:
+    """A classifier of the toy images with random weights, and the statistics of noise in its features."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier(ClassifierConfig(image_channels=1, width=2, num_classes=3)).eval()
+        image_NCHW = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
+    return model, real_statistics(model, image_NCHW)
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:

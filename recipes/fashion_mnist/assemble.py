@@ -1,8 +1,8 @@
 """Put trained components together: python recipes/fashion_mnist/assemble.py --out DIR --classifier DIR ...
 
-
-Writes `fashion-features` (classifier and the statistics of the 10,000 test images) and `fashion-llamagen` (teacher,
-and the student once there is one) as the package ships them.
+Writes `fashion-features` (classifier and the statistics of the 10,000 test images) and `fashion-llamagen` as the
+package ships them: the teacher from its tokenizer and transformer, or, with --student, the whole pipeline that
+`distill` wrote.
 """
 
 import shutil
@@ -14,7 +14,7 @@ import tyro
 from data import load
 from train_teacher import CLASSES
 
-from distilled_decoding.families.llamagen.checkpoint import load_student, load_teacher
+from distilled_decoding.families.llamagen.checkpoint import load_teacher
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.metrics.features import load_classifier
 from distilled_decoding.metrics.reference import real_statistics
@@ -24,7 +24,7 @@ from distilled_decoding.teacher import TeacherSampling
 
 @dataclass(frozen=True)
 class Settings:
-    """Assemble the shipped models."""
+    """Assemble the shipped models; what follows `student` describes a teacher without one."""
 
     out: Path
     classifier: Path | None = None
@@ -46,9 +46,8 @@ def write_features(settings: Settings, classifier: Path) -> None:
     statistics.save(folder / "test_images.safetensors")
 
 
-def write_model(settings: Settings, tokenizer: Path, transformer: Path) -> None:
-    """The pipeline."""
-    folder = settings.out / "fashion-llamagen"
+def write_teacher(settings: Settings, folder: Path, tokenizer: Path, transformer: Path) -> None:
+    """The pipeline of a teacher without a student."""
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     shutil.copytree(transformer, folder / "transformer", dirs_exist_ok=True)
     config = PipelineConfig(
@@ -60,17 +59,19 @@ def write_model(settings: Settings, tokenizer: Path, transformer: Path) -> None:
         split_block=settings.split_block,
         micro_batch=250,
     )
-    student = load_student(settings.student) if settings.student else None
-    Pipeline(load_teacher(folder), student, config).save_pretrained(folder, torch.float16)
+    Pipeline(load_teacher(folder), None, config).save_pretrained(folder, torch.float16)
 
 
 def main(settings: Settings) -> None:
     """Write what was given."""
     torch.set_num_threads(2)
+    folder = settings.out / "fashion-llamagen"
     if settings.classifier:
         write_features(settings, settings.classifier)
-    if settings.tokenizer and settings.transformer:
-        write_model(settings, settings.tokenizer, settings.transformer)
+    if settings.student:
+        Pipeline.from_pretrained(settings.student).save_pretrained(folder, torch.float16)
+    elif settings.tokenizer and settings.transformer:
+        write_teacher(settings, folder, settings.tokenizer, settings.transformer)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ images (`--reference train`); the test images are for the final numbers only.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +20,11 @@ from distilled_decoding.checkpoint import load_component, load_config
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.metrics.frechet import Accumulator, frechet_distance
-from distilled_decoding.metrics.reference import real_statistics, score
+from distilled_decoding.images import grid, to_uint8
+from distilled_decoding.metrics.frechet import frechet_distance
+from distilled_decoding.metrics.reference import measure, real_statistics
 from distilled_decoding.noise import image_keys
-from distilled_decoding.pipeline import Pipeline, PipelineConfig, fingerprint, grid, to_uint8
+from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.sampling import Plan
 from distilled_decoding.teacher import TeacherSampling
 
@@ -43,9 +44,9 @@ class Settings:
 
 
 @torch.no_grad()
-def reconstructions(tokenizer: VQTokenizer, image_NBHW: Tensor) -> Iterator[Tensor]:
+def reconstructions(tokenizer: VQTokenizer, image_NCHW: Tensor) -> Iterator[Tensor]:
     """uint8 images through the tokenizer and back."""
-    for part in image_NBHW.split(250):
+    for part in image_NCHW.split(250):
         code_BhwC = lookup(tokenizer.encode(normalise(part)), tokenizer.codebook_VC)
         yield to_uint8(tokenizer.decode(code_BhwC.permute(0, 3, 1, 2)))
 
@@ -54,30 +55,26 @@ def main(settings: Settings) -> None:
     """Measure and print one JSON object a line."""
     torch.set_num_threads(2)
     classifier = zoo.classifier()
-    train, test = load("train")[0], load("t10k")[0]
-    shuffled = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    reference = real_statistics(classifier, shuffled[:20_000] if settings.reference == "train" else test)
-    other = test if settings.reference == "train" else shuffled[: settings.num]
+    (train, train_label), (test, test_label) = load("train"), load("t10k")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    train, train_label = train[order], train_label[order]
+    against_train = settings.reference == "train"
+    reference = real_statistics(classifier, train[:20_000] if against_train else test)
 
-    def measure(images: Iterator[Tensor], label_N: Tensor | None = None) -> dict[str, float]:
-        accumulator, hits, first = Accumulator(fingerprint(classifier), "samples"), [], 0
-        for part in images:
-            scores = score(classifier, part)
-            accumulator.update(scores.feature_BD)
-            if label_N is not None:
-                hits.append(scores.logits_BV.argmax(1) == label_N[first : first + len(part)])
-            first += len(part)
-        distance = {"frechet_distance": frechet_distance(accumulator.statistics(), reference)}
-        return distance | ({"accuracy": torch.cat(hits).double().mean().item()} if hits else {})
+    def report(name: str, images: Iterable[Tensor], label_N: Tensor) -> None:
+        measured = measure(classifier, images, label_N, name)
+        values = {"what": name, "reference": settings.reference, "accuracy": measured.accuracy}
+        distance = frechet_distance(measured.statistics, reference)
+        print(json.dumps({**values, "frechet_distance": distance}), flush=True)
 
-    def report(name: str, values: dict[str, float]) -> None:
-        print(json.dumps({"what": name, "reference": settings.reference, **values}), flush=True)
-
-    report("real images of the other split", measure(iter(other[: settings.num].split(250))))
+    other, other_label = (test, test_label) if against_train else (train, train_label)
+    num = settings.num
+    report("real images of the other split", other[:num].split(250), other_label[:num])
     tokenizer = VQTokenizer(load_config(TokenizerConfig, settings.tokenizer / "config.json"))
     load_component(settings.tokenizer, tokenizer)
-    source = shuffled[-settings.num :] if settings.reference == "train" else test[: settings.num]
-    report("reconstructions", measure(reconstructions(tokenizer.eval(), source)))
+    # The last of the shuffled training images are not among those of the reference.
+    source, source_label = (train[-num:], train_label[-num:]) if against_train else (test[:num], test_label[:num])
+    report("reconstructions", reconstructions(tokenizer.eval(), source), source_label)
     if settings.picture is not None:
         pairs = torch.stack([source[:40], torch.cat(list(reconstructions(tokenizer, source[:40])))], 1).flatten(0, 1)
         grid(pairs, columns=10).save(settings.picture)
@@ -91,10 +88,10 @@ def main(settings: Settings) -> None:
         for top_k in settings.top_ks:
             for top_p in settings.top_ps:
                 sampling = TeacherSampling(scale, top_k=top_k, top_p=top_p)
-                config = PipelineConfig(**{**vars(pipe.config), "sampling": sampling})
+                config = replace(pipe.config, sampling=sampling)
                 images = Pipeline(pipe.teacher, None, config).images(Plan((), ancestral=True), condition, key_N)
                 name = f"teacher, guidance {scale}, top-k {top_k}, top-p {top_p}"
-                report(name, measure(images, condition.label_B))
+                report(name, images, condition.label_B)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from data import batch, flip, load, normalise
-from training import cosine, run
+from training import cosine, run, start
 
 from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig
@@ -42,6 +42,7 @@ def accuracy(model: Classifier) -> float:
 
 def main(settings: Settings) -> None:
     """Train, measure, and write the component."""
+    start("train_classifier", settings)
     torch.set_num_threads(2)
     torch.manual_seed(settings.seed)
     config = ClassifierConfig(image_channels=1, width=settings.width, num_classes=10)

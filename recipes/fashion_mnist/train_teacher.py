@@ -14,7 +14,7 @@ import tyro
 from data import batch, load, normalise
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training import cosine, run
+from training import cosine, run, start
 
 from distilled_decoding.checkpoint import (
     load_component,
@@ -77,6 +77,7 @@ def training_tokens(settings: Settings, tokenizer: VQTokenizer) -> tuple[Tensor,
 
 def main(settings: Settings) -> None:
     """Train and write the component."""
+    start("train_teacher", settings)
     torch.set_num_threads(2)
     torch.set_flush_denormal(True)
     torch.manual_seed(settings.seed)

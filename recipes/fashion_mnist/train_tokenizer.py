@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import tyro
 from data import batch, flip, load, normalise
 from torch import Tensor, nn
-from training import cosine, run
+from training import cosine, run, start
 
 from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.codebook import nearest
@@ -84,6 +84,7 @@ def revive(tokenizer: VQTokenizer, token_N: Tensor, z_BChw: Tensor, step: int) -
 
 def main(settings: Settings) -> None:
     """Train and write the component."""
+    start("train_tokenizer", settings)
     torch.set_num_threads(2)
     torch.manual_seed(settings.seed)
     tokenizer, critic = VQTokenizer(CONFIG), discriminator()

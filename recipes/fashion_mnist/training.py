@@ -2,16 +2,17 @@
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.optim import Optimizer
 
 from distilled_decoding.checkpoint import load_training, save_training
+from distilled_decoding.progress import progress_bar, stop_signal
+from distilled_decoding.records import claim
 
 
 def cosine(step: int, num_steps: int, peak: float, warmup: int) -> float:
@@ -20,6 +21,14 @@ def cosine(step: int, num_steps: int, peak: float, warmup: int) -> float:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def start(name: str, settings: Any) -> None:
+    """Claim the folder `settings.out` for these settings, or end with a sentence when it holds a run of others."""
+    try:
+        claim(settings.out, name, {key: value for key, value in vars(settings).items() if key != "out"})
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def run(
@@ -34,29 +43,32 @@ def run(
     """Call `update(step)` for every step, saving as it goes; the same call again goes on where it stopped.
 
     Returns:
-        Seconds spent in this process.
+        Seconds spent in all, those of earlier processes included.
     """
     state, log = out / "state.safetensors", out / "log.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
     first = load_training(state, modules, optimizers) if state.is_file() else 0
-    stop: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, _: stop.append(number))
+    earlier = _seconds(log)
     begin = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, log.open("a") as lines:
-        task = progress.add_task(name, total=num_steps, completed=first)
+    seconds = earlier
+    with stop_signal() as stop, progress_bar(name, num_steps) as bar, log.open("a") as lines:
+        bar.at(first)
         for step in range(first, num_steps):
             losses = update(step)
-            progress.advance(task)
-            if step % 20 == 0:
-                text = " ".join(f"{k} {v:.3f}" for k, v in losses.items())
-                progress.update(task, description=f"{name} {text}")
-                seconds = round(time.perf_counter() - begin, 1)
-                lines.write(json.dumps({"step": step, "seconds": seconds, **losses}) + "\n")
+            seconds = earlier + time.perf_counter() - begin
+            bar.at(step + 1)
+            save = stop.requested or (step + 1) % save_every == 0 or step + 1 == num_steps
+            if step % 20 == 0 or save:
+                bar.say(f"{name} " + " ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+                lines.write(json.dumps({"step": step, "seconds": round(seconds, 1), **losses}) + "\n")
                 lines.flush()
-            if stop or (step + 1) % save_every == 0 or step + 1 == num_steps:
+            if save:
                 save_training(state, modules, optimizers, step + 1)
-            if stop:
+            if stop.requested:
                 raise SystemExit(f"stopped after {step + 1} of {num_steps} steps; the same command goes on")
-    return time.perf_counter() - begin
+    return seconds
+
+
+def _seconds(log: Path) -> float:
+    """Seconds that earlier processes spent, from the last line of the log."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return json.loads(lines[-1])["seconds"] if lines else 0.0

@@ -53,6 +53,10 @@ class BlockOrder:
         """First token of each block, S integers."""
         return tuple(accumulate(self.sizes[:-1], initial=0))
 
+    def tokens_before(self, block: int) -> int:
+        """Return how many tokens lie before a block; `num_blocks` gives the length."""
+        return sum(self.sizes[:block])
+
     def span(self, block: int) -> slice:
         """Return the tokens of one block, as a slice of the sequence.
 

@@ -28,6 +28,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(module: nn.Module) -> str:
+    """The sha256 of a module's parameter names and float32 values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def replace_atomically(temporary: Path, path: Path) -> None:
     """Put a finished file in place so that a crash leaves either the old one or the new one."""
     with temporary.open("rb+") as file:

@@ -1,11 +1,15 @@
 """The command line: arguments in, printing out. `distilled-decoding COMMAND --help` explains each command."""
 
 import json as json_format
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
 from tyro.conf import OmitArgPrefixes, Positional
 
 from distilled_decoding import commands
@@ -22,7 +26,7 @@ Settings = Annotated[DistillSettings, OmitArgPrefixes]
 Perceptual = Literal["none", "classifier", "effnet-lite0", "lpips"]
 
 
-def info(model: Model, json: bool = False) -> None:  # noqa: A002
+def info(model: Model, json: bool = False) -> None:
     """Show what a model is.
 
     Args:
@@ -36,7 +40,7 @@ def sample(
     model: Model,
     labels: tuple[int, ...] = (),
     num: int = 10,
-    steps: str = "1",
+    steps: str | None = None,
     schedule: tuple[int, ...] | None = None,
     teacher_span: tuple[int, int] | None = None,
     seed: int = 0,
@@ -44,7 +48,7 @@ def sample(
     grid: Path | None = None,
     npz: Path | None = None,
     device: str = "cpu",
-    json: bool = False,  # noqa: A002
+    json: bool = False,
 ) -> None:
     """Generate images.
 
@@ -52,18 +56,19 @@ def sample(
         model: shipped name, folder or hub id.
         labels: classes, taken in turn; without them the classes are balanced.
         num: images in all.
-        steps: student steps (1, 2 ...), `teacher` (its flow map on the same noise) or `teacher-ancestral`.
+        steps: student steps (1, 2 ...), `teacher` (its flow map on the same noise) or `teacher-ancestral`; by
+            default 1.
         schedule: starting blocks of the student's steps, instead of --steps, such as 0 24.
         teacher_span: blocks that the teacher predicts in between, such as 16 24.
         seed: of the run.
         out: folder for one PNG an image.
-        grid: file for one picture of all images, ten in a row.
-        npz: file for arr_0 (uint8 images) and arr_1 (labels), as the ADM evaluator reads them.
-        device: cpu or cuda.
+        grid: .png file for one picture of all images, ten in a row.
+        npz: .npz file for arr_0 (uint8 images) and arr_1 (labels), as the ADM evaluator reads them.
+        device: cpu, cuda, cuda:1 ... or mps.
         json: print one JSON object.
     """
     run = commands.SampleRun(model, labels, num, _steps(steps), schedule, teacher_span, seed)
-    _print(commands.sample_images(run, Pipeline.from_pretrained(model, device), out, grid, npz), json)
+    _print(commands.sample_images(run, _load(model, device), out, grid, npz), json)
 
 
 def trajectories(
@@ -74,7 +79,7 @@ def trajectories(
     micro_batch: int = 256,
     shard_size: int = 4096,
     device: str = "cpu",
-    json: bool = False,  # noqa: A002
+    json: bool = False,
 ) -> None:
     """Let the teacher make trajectories: for each image its label, its noise and its tokens.
 
@@ -85,12 +90,12 @@ def trajectories(
         seed: of the run.
         micro_batch: images the teacher samples at once.
         shard_size: trajectories in a file.
-        device: cpu or cuda.
+        device: cpu, cuda, cuda:1 ... or mps.
         json: print one JSON object.
     """
-    pipeline = Pipeline.from_pretrained(model, device)
+    pipeline = _load(model, device)
     settings = TrajectorySettings(pipeline.config.sampling, pipeline.config.flow, seed, micro_batch, shard_size)
-    _print(commands.make_trajectories(pipeline, out, num, settings), json)
+    _print(commands.make_trajectories(model, pipeline, out, num, settings), json)
 
 
 def distill(
@@ -101,7 +106,7 @@ def distill(
     split_block: int | None = None,
     perceptual: Perceptual = "none",
     device: str = "cpu",
-    json: bool = False,  # noqa: A002
+    json: bool = False,
 ) -> None:
     """Train a student on a model's trajectories; `out` is a whole pipeline folder when done.
 
@@ -112,39 +117,37 @@ def distill(
         settings: of the training.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
-        device: cpu or cuda.
+        device: cpu, cuda, cuda:1 ... or mps.
         json: print one JSON object.
     """
-    pipeline = Pipeline.from_pretrained(model, device)
+    pipeline = _load(model, device)
     store = TrajectoryStore.open(trajectories)
-    distance = commands.image_distance(perceptual, device)
-    trained = commands.distill_student(model, pipeline, store, out, settings, split_block, distance)
+    trained = commands.distill_student(model, pipeline, store, out, settings, split_block, perceptual)
     _print({"pipeline": str(out), **commands.info(trained)}, json)
 
 
-def verify(path: Positional[Path], json: bool = False) -> None:  # noqa: A002
-    """Check the hashes of a folder of trajectories.
+def verify(path: Positional[Path], json: bool = False) -> None:
+    """Check the hashes of a folder of trajectories or of a model; exit code 1 when something is wrong.
 
     Args:
         path: the folder.
         json: print one JSON object.
     """
-    store = TrajectoryStore.open(path)
-    problems = store.problems()
-    _print({"trajectories": store.num_trajectories, "problems": problems}, json)
-    if problems:
+    found = commands.verify(path)
+    _print(found, json)
+    if found["problems"]:
         raise SystemExit(1)
 
 
 def evaluate(
     model: Model,
     out: Path,
-    methods: tuple[str, ...] = ("teacher", "1", "2"),
-    num: int = 10_000,
-    seeds: tuple[int, ...] = (0, 1, 2),
+    methods: tuple[str, ...] = EvaluationSettings.methods,
+    num: int = EvaluationSettings.num,
+    seeds: tuple[int, ...] = EvaluationSettings.seeds,
     trajectories: Path | None = None,
     device: str = "cpu",
-    json: bool = False,  # noqa: A002
+    json: bool = False,
 ) -> None:
     """Measure samples on the features of the shipped classifier.
 
@@ -155,10 +158,10 @@ def evaluate(
         num: images of each method and seed, classes balanced.
         seeds: run seeds; mean and spread are over them.
         trajectories: folder of trajectories, from which onestep takes its frequencies.
-        device: cpu or cuda.
+        device: cpu, cuda, cuda:1 ... or mps.
         json: print one JSON object.
     """
-    pipeline = Pipeline.from_pretrained(model, device)
+    pipeline = _load(model, device)
     settings = EvaluationSettings(methods, num, seeds)
     summary = commands.evaluate_model(pipeline, out, settings, trajectories)
     _print(summary, json, markdown_table(summary))
@@ -168,7 +171,7 @@ def demo(
     model: str = "fashion-llamagen",
     out: Path = Path("demo"),
     fast: bool = False,
-    json: bool = False,  # noqa: A002
+    json: bool = False,
 ) -> None:
     """The whole method in minutes: trajectories, a fresh student, samples and a comparison.
 
@@ -186,19 +189,41 @@ COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, e
 
 
 def main() -> None:
-    """Run a command: exit code 0 when done, 2 on bad input, 130 when stopped."""
+    """Run a command: exit code 0 when done, 1 when `verify` found something, 2 on bad input, 130 when stopped."""
     console = Console(stderr=True, highlight=False)
     try:
+        _one_process()
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="distilled-decoding", sort_subcommands=False)
-    except ValueError as error:
-        console.print(f"[red]error:[/red] {error}", markup=True, soft_wrap=True)
+    except (ValueError, OSError, SafetensorError) as error:
+        console.print(Text.assemble(("error:", "red"), f" {_sentence(error)}"), soft_wrap=True)
         raise SystemExit(2) from None
-    except (Stopped, KeyboardInterrupt):
-        console.print("stopped; the same command goes on")
+    except Stopped as stopped:
+        console.print(str(stopped))
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        console.print("stopped")
         raise SystemExit(130) from None
 
 
-def _steps(text: str) -> Steps:
+def _one_process() -> None:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise ValueError(f"WORLD_SIZE is {size}, but this version runs in one process; start it without torchrun")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _load(model: str, device: str) -> Pipeline:
+    return Pipeline.from_pretrained(model, commands.check_device(device))
+
+
+def _steps(text: str | None) -> Steps | None:
+    if text is None:
+        return None
     if text in ("teacher", "teacher-ancestral"):
         return text  # type: ignore[return-value]
     if not text.isdecimal():
@@ -206,7 +231,7 @@ def _steps(text: str) -> Steps:
     return int(text)
 
 
-def _print(values: dict[str, Any], as_json: bool, table: str | None = None) -> None:
+def _print(values: Mapping[str, Any], as_json: bool, table: str | None = None) -> None:
     if as_json:
         print(json_format.dumps(values))
     elif table is not None:

@@ -1,10 +1,13 @@
 """The long commands as functions: each claims its folder, shows progress, can be stopped, and goes on when run again.
 
-Axis letters: N B images, H W image.
+Axis letters: N images.
 """
 
+import hashlib
 import json
+import re
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +20,28 @@ from distilled_decoding.checkpoint import save_json, save_text
 from distilled_decoding.condition import Condition
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.evaluate import EvaluationSettings, evaluate, markdown_table, summary
-from distilled_decoding.export import read_pngs, write_npz, write_pngs
+from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
 from distilled_decoding.flow import FlowSettings
+from distilled_decoding.images import grid
 from distilled_decoding.losses import ImageDistance
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.noise import image_keys
-from distilled_decoding.pipeline import Pipeline, Steps, grid
-from distilled_decoding.progress import Stopped, progress_bar, stop_signal
-from distilled_decoding.records import claim, environment
+from distilled_decoding.pipeline import Pipeline, Steps, problems
+from distilled_decoding.progress import progress_bar, stop_signal
+from distilled_decoding.records import claim, environment, identity, record
+from distilled_decoding.sampling import Plan
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
 
 
 @dataclass(frozen=True)
 class SampleRun:
-    """Everything that determines the images of a `sample` run."""
+    """What `sample` was asked for; `model` is for the record."""
 
     model: str
     labels: tuple[int, ...]
     num: int
-    steps: Steps
+    steps: Steps | None
     schedule: tuple[int, ...] | None
     teacher_span: tuple[int, int] | None
     seed: int
@@ -55,7 +60,7 @@ def sample_images(
         npz: file with `arr_0` and `arr_1`.
 
     Returns:
-        How many images were made and found, and the seconds it took.
+        How many images were asked for and made, and the seconds it took.
 
     Raises:
         ValueError: no place to write, counts that are not positive, unknown labels, a plan that cannot be done.
@@ -65,28 +70,23 @@ def sample_images(
         raise ValueError(f"--num must be at least 1, got {run.num}")
     if out is None and picture is None and npz is None:
         raise ValueError("nowhere to write: give --out FOLDER, --grid FILE or --npz FILE")
-    condition = _conditions(run, pipeline.num_classes)
+    check_suffix(picture, ".png")
+    check_suffix(npz, ".npz")
+    labels = run.labels or tuple(range(pipeline.num_classes))
+    condition = Condition.labels([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
     plan = pipeline.plan(run.steps, run.schedule, run.teacher_span)
-    key_N = image_keys("sampling", run.seed, range(run.num))
     if out is not None:
-        claim(out, "sample", run)
+        settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}
+        claim(out, "sample", settings, {"model": run.model, "device": str(pipeline.device)})
     kept: list[Tensor] = []
     made = 0
     begin = time.perf_counter()
-    with stop_signal() as stop, progress_bar("sampling", run.num) as bar:
-        for first in range(0, run.num, pipeline.config.micro_batch):
-            stop.check()
-            numbers = range(first, min(first + pipeline.config.micro_batch, run.num))
-            images = None if out is None else read_pngs(out, numbers)
-            if images is None:
-                part = slice(numbers.start, numbers.stop)
-                images = next(pipeline.images(plan, condition[part], key_N[part]))
-                made += len(images)
-                if out is not None:
-                    write_pngs(out, first, images)
+    with stop_signal(goes_on=out is not None) as stop, progress_bar("sampling", run.num) as bar:
+        for image_BCHW, found in _images(pipeline, plan, condition, run.seed, out, stop.check):
+            made += 0 if found else len(image_BCHW)
             if picture is not None or npz is not None:
-                kept.append(images)
-            bar.advance(len(numbers))
+                kept.append(image_BCHW)
+            bar.advance(len(image_BCHW))
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         grid(torch.cat(kept), columns=10).save(picture)
@@ -95,16 +95,41 @@ def sample_images(
     return {"images": run.num, "made": made, "seconds": round(time.perf_counter() - begin, 3)}
 
 
-def _conditions(run: SampleRun, num_classes: int) -> Condition:
-    if not run.labels:
-        return Condition.balanced(run.num, num_classes)
-    return Condition.labels([run.labels[i % len(run.labels)] for i in range(run.num)], num_classes)
+def _images(
+    pipeline: Pipeline, plan: Plan, condition: Condition, seed: int, out: Path | None, check: Callable[[], None]
+) -> Iterator[tuple[Tensor, bool]]:
+    """uint8 images [B, C, H, W], a micro-batch at a time, and whether they were found in `out`."""
+    key_N = image_keys("sampling", seed, range(len(condition)))
+    for first in range(0, len(condition), pipeline.config.micro_batch):
+        check()
+        part = slice(first, min(first + pipeline.config.micro_batch, len(condition)))
+        found = None if out is None else read_pngs(out, range(part.start, part.stop))
+        if found is not None:
+            yield found, True
+            continue
+        image_BCHW = next(pipeline.images(plan, condition[part], key_N[part]))
+        if out is not None:
+            write_pngs(out, first, image_BCHW)
+        yield image_BCHW, False
 
 
 def make_trajectories(
-    pipeline: Pipeline, out: Path, num: int, settings: trajectories.TrajectorySettings
+    model: str,
+    pipeline: Pipeline,
+    out: Path,
+    num: int,
+    settings: trajectories.TrajectorySettings,
+    title: str = "trajectories",
 ) -> dict[str, Any]:
     """Write trajectories 0..num-1 of a model into a folder; asking for more later adds to it.
+
+    Args:
+        model: name for the record.
+        pipeline: the model; its student is not used.
+        out: folder of the shards.
+        num: how many there shall be.
+        settings: what determines them.
+        title: what the progress bar says.
 
     Returns:
         How many there are, how many were made now, and the seconds it took.
@@ -115,35 +140,21 @@ def make_trajectories(
     """
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}")
-    store = TrajectoryStore.create(out, settings.manifest(pipeline.teacher, pipeline.fingerprint))
+    manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint)
+    store = TrajectoryStore.create(out, manifest)
+    record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
     found = store.num_trajectories
     begin = time.perf_counter()
-    with stop_signal() as stop, progress_bar("trajectories", num) as bar:
+    with stop_signal() as stop, progress_bar(title, num) as bar:
 
         def progress(items: int) -> None:
             bar.advance(items)
             stop.check()
 
         trajectories.generate(pipeline.teacher, store, settings, num, progress)
-    seconds = time.perf_counter() - begin
-    return {
-        "trajectories": store.num_trajectories,
-        "made": store.num_trajectories - found,
-        "seconds": round(seconds, 3),
-    }
-
-
-@dataclass(frozen=True)
-class DistillRun:
-    """Everything that determines a student."""
-
-    model: str
-    teacher: str
-    trajectories: str
-    num_trajectories: int
-    init_seed: int
-    split_block: int
-    settings: DistillSettings
+    seconds = round(time.perf_counter() - begin, 3)
+    made = store.num_trajectories - found
+    return {"trajectories": store.num_trajectories, "made": made, "seconds": seconds}
 
 
 def distill_student(
@@ -153,7 +164,8 @@ def distill_student(
     out: Path,
     settings: DistillSettings,
     split_block: int | None = None,
-    image_distance: ImageDistance | None = None,
+    perceptual: str = "none",
+    title: str = "distilling",
 ) -> Pipeline:
     """Train a student on a model's trajectories and write the whole pipeline to `out`.
 
@@ -166,7 +178,8 @@ def distill_student(
         out: folder of the new pipeline.
         settings: of the training; no starting blocks means those of the model.
         split_block: of the new pipeline; None means the model's.
-        image_distance: for a perceptual weight.
+        perceptual: name of the distance of decoded images, for a perceptual weight; see `image_distance`.
+        title: what the progress bar says.
 
     Raises:
         ValueError: trajectories of another teacher, settings that do not fit, a folder that holds another run.
@@ -175,49 +188,58 @@ def distill_student(
     if store.manifest["teacher"] != pipeline.fingerprint:
         raise ValueError(f"{store.folder} holds trajectories of another teacher than {model}; make its own")
     settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
-    settings.check(pipeline.teacher.order)
     split_block = pipeline.config.split_block if split_block is None else split_block
+    settings.check(pipeline.teacher.order, split_block)
+    _check_perceptual(perceptual, settings.loss.perceptual_weight)
+    distance = image_distance(perceptual, str(pipeline.device))
     shard = store.load()
-    run = DistillRun(model, pipeline.fingerprint, str(store.folder), len(shard), settings.seed, split_block, settings)
-    claim(out, "distill", run)
-    teacher = replace(
-        pipeline.config,
-        sampling=TeacherSampling(**store.manifest["sampling"]),
-        flow=FlowSettings(**store.manifest["flow"]),
-    )
-    trained = Pipeline(pipeline.teacher, None, teacher)
+    determined = {
+        "teacher": pipeline.fingerprint,
+        "trajectories": hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest(),
+        "settings": asdict(settings),
+        "split_block": split_block,
+        "perceptual": perceptual,
+    }
+    notes = {"model": model, "trajectories": str(store.folder), "num_trajectories": len(shard)}
+    claim(out, "distill", determined, {**notes, "device": str(pipeline.device)})
     state, log = out / "checkpoints" / "state.safetensors", out / "log.jsonl"
-    with stop_signal() as stop, progress_bar("distilling", settings.num_steps) as bar, log.open("a") as lines:
+    with stop_signal() as stop, progress_bar(title, settings.num_updates) as bar, log.open("a") as lines:
 
         def on_update(update: Update) -> bool:
-            text = None
-            if update.step % 20 == 0:
-                record = _record(update)
-                lines.write(json.dumps(record) + "\n")
+            if update.number % 20 == 0:
+                values = _logged(update)
+                lines.write(json.dumps(values) + "\n")
                 lines.flush()
-                text = f"distilling, loss {record['total']:.3f}, argmax right {record['accuracy']:.1%}"
-            bar.at(update.step, text)
+                bar.say(f"{title}, loss {values['total']:.3f}, argmax right {values['accuracy']:.1%}")
+            bar.at(update.number)
             return not stop.requested
 
-        student = distill(
-            pipeline.teacher,
-            pipeline.new_student(settings.seed),
-            shard,
-            settings,
-            state,
-            on_update,
-            image_distance,
-        )
-    if student is None:
-        raise Stopped
-    trained = trained.with_student(student, settings.start_blocks, split_block)
+        new = pipeline.new_student(settings.seed % 2**63)  # as far as torch's generators go
+        student = distill(pipeline.teacher, new, shard, settings, split_block, state, on_update, distance)
+        if student is None:
+            raise stop.stopped()
+    trained = _with_student(pipeline, store, student, settings, split_block)
     trained.save_pretrained(out)
     return trained
 
 
-def _record(update: Update) -> dict[str, float]:
+def _check_perceptual(name: str, weight: float) -> None:
+    if (name == "none") != (weight == 0):
+        raise ValueError(f"--perceptual {name} does not fit a perceptual weight of {weight}; give both or neither")
+
+
+def _logged(update: Update) -> dict[str, float]:
     losses = {name: round(float(value.detach()), 5) for name, value in vars(update.losses).items()}
-    return {"step": update.step, "learning_rate": update.learning_rate, **losses}
+    return {"update": update.number, "learning_rate": update.learning_rate, **losses}
+
+
+def _with_student(
+    pipeline: Pipeline, store: TrajectoryStore, student: Any, settings: DistillSettings, split_block: int
+) -> Pipeline:
+    """The new pipeline: its teacher samples from what the student has seen."""
+    sampling, flow = TeacherSampling(**store.manifest["sampling"]), FlowSettings(**store.manifest["flow"])
+    config = replace(pipeline.config, sampling=sampling, flow=flow)
+    return Pipeline(pipeline.teacher, None, config).with_student(student, settings.start_blocks, split_block)
 
 
 def info(pipeline: Pipeline) -> dict[str, Any]:
@@ -267,7 +289,7 @@ def evaluate_model(
         onestep: folder of trajectories, for the independent baseline.
 
     Returns:
-        The summary of `evaluate`, which is also in `out/summary.json`, as a table in `out/table.md`.
+        The summary of `evaluate` and where it was measured; also in `out/summary.json`, a table in `out/table.md`.
 
     Raises:
         ValueError: methods that the model cannot do, or a folder that holds another run.
@@ -287,3 +309,33 @@ def evaluate_model(
     save_json(out / "summary.json", values)
     save_text(out / "table.md", markdown_table(values))
     return values
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every hash of a folder of trajectories or of a pipeline.
+
+    Returns:
+        Which kind of folder it is, and its problems, a sentence each.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (path / "manifest.json").is_file():
+        return {"kind": "trajectories", "problems": TrajectoryStore.open(path).problems()}
+    if (path / "model_index.json").is_file():
+        return {"kind": "pipeline", "problems": problems(path)}
+    raise ValueError(f"{path} holds neither trajectories (manifest.json) nor a pipeline (model_index.json)")
+
+
+def check_device(name: str) -> str:
+    """The name of a device that torch can use here: `cpu`, `cuda`, `cuda:1` ... or `mps`.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    index = re.fullmatch(r"cuda(?::(\d+))?", name)
+    known = {"cpu"} | ({"mps"} if torch.backends.mps.is_available() else set())
+    if name in known or (index and int(index[1] or 0) < torch.cuda.device_count()):
+        return name
+    known |= {f"cuda:{i}" for i in range(torch.cuda.device_count())}
+    raise ValueError(f"no device {name!r} here; --device can be {', '.join(sorted(known))}")

@@ -1,10 +1,12 @@
 """`distilled-decoding demo`: trajectories, a fresh student, samples and a comparison, in minutes on a CPU.
 
-Axis letters: N images.
+Axis letters: B batch, N images.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -15,12 +17,13 @@ from distilled_decoding import commands, zoo
 from distilled_decoding.checkpoint import save_json, save_text
 from distilled_decoding.condition import Condition
 from distilled_decoding.distill import DistillSettings
-from distilled_decoding.metrics.frechet import Accumulator, frechet_distance
-from distilled_decoding.metrics.reference import score
+from distilled_decoding.images import grid
+from distilled_decoding.metrics.frechet import frechet_distance
+from distilled_decoding.metrics.reference import check_reference, measure
 from distilled_decoding.noise import image_keys
-from distilled_decoding.pipeline import Pipeline, Steps, fingerprint, grid
-from distilled_decoding.progress import Bar, progress_bar, stop_signal
-from distilled_decoding.records import environment
+from distilled_decoding.pipeline import Pipeline, Steps
+from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
+from distilled_decoding.records import environment, record
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.trajectories import TrajectorySettings
 
@@ -43,6 +46,7 @@ class DemoSize:
 FULL = DemoSize(trajectories=12_288, updates=300, samples=2000)
 FAST = DemoSize(trajectories=1024, updates=20, samples=250)
 _SEED = 1234
+_TIMED = 4
 
 
 @dataclass(frozen=True)
@@ -66,59 +70,66 @@ def run_demo(model: str, out: Path, fast: bool) -> dict[str, Any]:
     begin = perf_counter()
     shipped = Pipeline.from_pretrained(model)
     shipped.plan(2)
-    fresh = _fresh_student(model, shipped, out, size)
+    check_reference(zoo.real_images(), zoo.classifier(), shipped.num_classes)
+    record(out, "demo", {"teacher": shipped.fingerprint, "seed": _SEED, **asdict(size)}, {"model": model})
+    fresh = _fresh_student(model, shipped, out / ("fast" if fast else "full"), size)
+    measured = _compare(shipped, fresh, size.samples)
+    picture = out / "grid.png"
+    images = torch.stack([m.pop("images") for m in measured], 1).flatten(0, 1)
+    grid(images, columns=len(measured), scale=3).save(picture)
+    seconds = round(perf_counter() - begin, 1)
+    summary = {"rows": measured, **asdict(size), "seconds": seconds, "picture": str(picture), **environment()}
+    save_json(out / "demo.json", summary)
+    save_text(out / "table.md", demo_table(summary))
+    return summary
+
+
+def _fresh_student(model: str, shipped: Pipeline, folder: Path, size: DemoSize) -> Pipeline:
+    settings = TrajectorySettings(shipped.config.sampling, shipped.config.flow, _SEED, shard_size=1024)
+    trajectories = folder / "trajectories"
+    commands.make_trajectories(model, shipped, trajectories, size.trajectories, settings, "1/3 trajectories")
+    training = DistillSettings(num_updates=size.updates, warmup=size.updates // 10, ema_rate=0.98)
+    store = TrajectoryStore.open(trajectories)
+    return commands.distill_student(model, shipped, store, folder / "student", training, title="2/3 distilling")
+
+
+def _compare(shipped: Pipeline, fresh: Pipeline, num: int) -> list[dict[str, Any]]:
     rows = [
         _Row("teacher", shipped, "teacher", "teacher-ancestral"),
         _Row("fresh student, 1 step", fresh, 1, 1),
         _Row("shipped student, 1 step", shipped, 1, 1),
         _Row("shipped student, 2 steps", shipped, 2, 2),
     ]
-    with stop_signal() as stop, progress_bar("sampling and measuring", size.samples * len(rows)) as bar:
-        measured = []
-        for row in rows:
-            measured.append(_measure(row, size.samples, bar))
-            stop.check()
-    picture = out / "grid.png"
-    grid(torch.stack([m.pop("images") for m in measured], 1).flatten(0, 1), columns=len(rows), scale=3).save(picture)
-    for m in measured:
-        m["speed_up"] = measured[0]["ms_per_image"] / m["ms_per_image"]
-    sizes = {"samples": size.samples, "trajectories": size.trajectories, "updates": size.updates}
-    seconds = round(perf_counter() - begin, 1)
-    summary = {"rows": measured, **sizes, "seconds": seconds, "picture": str(picture), **environment()}
-    save_json(out / "demo.json", summary)
-    save_text(out / "table.md", demo_table(summary))
-    return summary
+    total = len(rows) * (num + _TIMED * shipped.config.micro_batch)
+    with stop_signal() as stop, progress_bar("3/3", total) as bar:
+        measured = [_measure(row, num, bar, stop) for row in rows]
+    for values in measured:
+        values["speed_up"] = measured[0]["ms_per_image"] / values["ms_per_image"]
+    return measured
 
 
-def _fresh_student(model: str, shipped: Pipeline, out: Path, size: DemoSize) -> Pipeline:
-    folder = out / f"{model}-trajectories"
-    settings = TrajectorySettings(shipped.config.sampling, shipped.config.flow, _SEED, shard_size=1024)
-    commands.make_trajectories(shipped, folder, size.trajectories, settings)
-    training = DistillSettings(num_steps=size.updates, warmup=size.updates // 10, ema_rate=0.98)
-    store = TrajectoryStore.open(folder)
-    return commands.distill_student(model, shipped, store, out / f"{model}-student", training)
-
-
-def _measure(row: _Row, num: int, bar: Bar) -> dict[str, Any]:
+def _measure(row: _Row, num: int, bar: Bar, stop: StopSignal) -> dict[str, Any]:
     """Fréchet distance, class accuracy, milliseconds, and the first images of each class."""
-    classifier, condition = zoo.classifier(), Condition.balanced(num, row.pipeline.num_classes)
+    condition = Condition.balanced(num, row.pipeline.num_classes)
     key_N = image_keys("evaluation", _SEED, range(num))
-    accumulator = Accumulator(fingerprint(classifier), row.name)
-    hits, first = [], 0
     kept: list[Tensor] = []
-    for images in row.pipeline.images(row.pipeline.plan(row.steps), condition, key_N):
-        scores = score(classifier, images)
-        accumulator.update(scores.feature_BD)
-        hits.append(scores.logits_BV.argmax(1) == condition.label_B[first : first + len(images)])
-        kept.append(images)
-        first += len(images)
-        bar.advance(len(images))
+
+    def watched() -> Iterator[Tensor]:
+        for image_BCHW in row.pipeline.images(row.pipeline.plan(row.steps), condition, key_N):
+            kept.append(image_BCHW)
+            yield image_BCHW
+            bar.advance(len(image_BCHW))
+            stop.check()
+
+    bar.say(f"3/3 measuring {row.name}")
+    measured = measure(zoo.classifier(), watched(), condition.label_B, row.name)
+    bar.say(f"3/3 timing {row.name}")
     return {
         "name": row.name,
         "steps": _passes(row),
-        "frechet_distance": frechet_distance(accumulator.statistics(), zoo.real_images()),
-        "accuracy": torch.cat(hits).double().mean().item(),
-        "ms_per_image": _milliseconds(row, condition, key_N),
+        "frechet_distance": frechet_distance(measured.statistics, zoo.real_images()),
+        "accuracy": measured.accuracy,
+        "ms_per_image": _milliseconds(row, condition, key_N, bar, stop),
         "images": torch.cat(kept)[: row.pipeline.num_classes],
     }
 
@@ -127,17 +138,19 @@ def _passes(row: _Row) -> int:
     return row.pipeline.teacher.order.num_blocks if isinstance(row.steps, str) else row.steps
 
 
-def _milliseconds(row: _Row, condition: Condition, key_N: Tensor) -> float:
+def _milliseconds(row: _Row, condition: Condition, key_N: Tensor, bar: Bar, stop: StopSignal) -> float:
     """Milliseconds an image at the pipeline's micro-batch, decoding included, after a warm-up; median of three."""
     size = row.pipeline.config.micro_batch
     plan = row.pipeline.plan(row.timed_steps)
     index_B = torch.arange(size) % len(condition)
     times = []
-    for _ in range(4):
+    for _ in range(_TIMED):
         begin = perf_counter()
         next(row.pipeline.images(plan, condition[index_B], key_N[index_B]))
         times.append(perf_counter() - begin)
-    return sorted(times[1:])[1] / size * 1000
+        bar.advance(size)
+        stop.check()
+    return median(times[1:]) / size * 1000
 
 
 def demo_table(summary: dict[str, Any]) -> str:

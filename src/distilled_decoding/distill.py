@@ -1,7 +1,7 @@
 """The training loop: a student learns to jump from noise to the end of the teacher's trajectories.
 
-Every random choice of update s follows from (seed, s) alone, so a stopped run that goes on equals one that was
-never stopped.
+Every random choice of an update follows from the seed and its number alone, so a stopped run that goes on equals
+one that was never stopped.
 
 Axis letters: B batch, L tokens in a sequence, C code channels, N trajectories, S blocks.
 """
@@ -9,22 +9,31 @@ Axis letters: B batch, L tokens in a sequence, C code channels, N trajectories, 
 import copy
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.checkpoint import load_training, save_training
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition
-from distilled_decoding.losses import ImageDistance, Losses, LossWeights, corrupt, distillation_loss
-from distilled_decoding.noise import gaussian_noise
+from distilled_decoding.losses import (
+    ImageDistance,
+    Losses,
+    LossWeights,
+    corrupt,
+    distillation_loss,
+    perceptual_loss,
+)
+from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.store import Shard
-from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import Teacher
+from distilled_decoding.student import StudentOutput, soft_sequence
+from distilled_decoding.teacher import Teacher, draw
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,14 @@ class DistillSettings:
     """How a student is trained.
 
     Attributes:
-        num_steps: updates.
+        num_updates: updates.
         batch_size: trajectories in an update.
         learning_rate: peak of the schedule: linear warm-up, then a cosine to a hundredth.
         warmup: updates until the peak.
         weight_decay: AdamW's, on matrices only.
         grad_clip: largest norm of the gradient.
         ema_rate: of the weights that are sampled from; at first min(ema_rate, (s + 1) / (s + 10)).
-        start_blocks: where the student learns to start; 0 is first.
+        start_blocks: where the student learns to start, 0 first; () means those of the model.
         start_weights: how often each of them is drawn; () draws all alike.
         block_weights: weight of each block in the loss; () weighs all tokens alike.
         loss: weights of the parts of the loss.
@@ -51,14 +60,14 @@ class DistillSettings:
         ValueError: a setting outside its range.
     """
 
-    num_steps: int = 3000
+    num_updates: int = 3000
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     ema_rate: float = 0.998
-    start_blocks: tuple[int, ...] = (0,)
+    start_blocks: tuple[int, ...] = ()
     start_weights: tuple[float, ...] = ()
     block_weights: tuple[float, ...] = ()
     loss: LossWeights = field(default_factory=LossWeights)
@@ -67,25 +76,35 @@ class DistillSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size"):
+        for name in ("num_updates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning rate must be positive, got {self.learning_rate}")
+        for name in ("learning_rate", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema_rate < 1:
-            raise ValueError(f"EMA rate must lie in 0..1 (1 excluded), got {self.ema_rate}")
+            raise ValueError(f"ema_rate must lie in 0..1 (1 excluded), got {self.ema_rate}")
+        for name in ("start_weights", "block_weights"):
+            weights = getattr(self, name)
+            if weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+                raise ValueError(f"{name} must not be negative and one must be positive, got {weights}")
         if self.start_weights and len(self.start_weights) != len(self.start_blocks):
             raise ValueError(
                 f"{len(self.start_weights)} start weights do not fit {len(self.start_blocks)} start blocks"
             )
 
-    def check(self, order: BlockOrder) -> None:
+    def check(self, order: BlockOrder, split_block: int) -> None:
         """Compare with the teacher's blocks.
 
         Raises:
-            ValueError: start blocks that leave the sequence, or weights that do not fit its blocks.
+            ValueError: start blocks or a split that leave the sequence, or weights that do not fit its blocks.
         """
         order.check_schedule(self.start_blocks, self.start_blocks)
+        if not 0 <= split_block <= order.num_blocks:
+            raise ValueError(f"split_block must lie in 0..{order.num_blocks}, the number of blocks, got {split_block}")
         if self.block_weights and len(self.block_weights) != order.num_blocks:
             raise ValueError(f"{len(self.block_weights)} block weights do not fit {order.num_blocks} blocks")
 
@@ -94,38 +113,42 @@ class DistillSettings:
 class Update:
     """What is reported after an update: its number, counted from 1, its losses and learning rate."""
 
-    step: int
+    number: int
     losses: Losses
     learning_rate: float
 
 
-def learning_rate_at(step: int, settings: DistillSettings) -> float:
-    """The learning rate of update `step`, counted from 0."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.num_steps - settings.warmup)
+def learning_rate_at(update: int, settings: DistillSettings) -> float:
+    """The learning rate of an update, counted from 0."""
+    if update < settings.warmup:
+        return settings.learning_rate * (update + 1) / settings.warmup
+    done = (update - settings.warmup) / max(1, settings.num_updates - settings.warmup)
     return settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def batch_indices(step: int, settings: DistillSettings, num_trajectories: int) -> Tensor:
-    """The trajectories of update `step`, int64 [B]: seeded permutations laid end to end."""
-    places_B = torch.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
-    epoch_B = places_B // num_trajectories
-    orders = {
-        int(e): torch.randperm(num_trajectories, generator=_generator(settings, 0, int(e))) for e in epoch_B.unique()
-    }
-    return torch.stack([orders[int(e)][int(p)] for e, p in zip(epoch_B, places_B % num_trajectories, strict=True)])
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_trajectories: int) -> Tensor:
+    """The order of the trajectories in one pass over them, int64 [N]."""
+    key_1 = image_keys("training", seed, [epoch])
+    return uniform(key_1, num_trajectories, stream=2)[0].argsort(stable=True)
 
 
-def start_blocks_of(step: int, settings: DistillSettings) -> Tensor:
-    """How many blocks are known to the student in each row of update `step`, int64 [B]."""
-    weights = torch.tensor(settings.start_weights or (1.0,) * len(settings.start_blocks))
-    choice_B = torch.multinomial(weights, settings.batch_size, True, generator=_generator(settings, 1, step))
-    return torch.tensor(settings.start_blocks)[choice_B]
+def batch_indices(update: int, settings: DistillSettings, num_trajectories: int) -> Tensor:
+    """The trajectories of an update, int64 [B]: passes over all of them, laid end to end."""
+    place_B = torch.arange(update * settings.batch_size, (update + 1) * settings.batch_size)
+    epoch_B, index_B = place_B // num_trajectories, place_B % num_trajectories
+    for epoch in epoch_B.unique().tolist():
+        chosen_B = epoch_B == epoch
+        index_B[chosen_B] = epoch_order(settings.seed, epoch, num_trajectories)[index_B[chosen_B]]
+    return index_B
 
 
-def _generator(settings: DistillSettings, stream: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed((settings.seed * 2 + stream) * 1_000_000_007 + number)
+def start_blocks_of(update: int, settings: DistillSettings) -> Tensor:
+    """How many blocks are known to the student in each row of an update, int64 [B]."""
+    weight = torch.tensor(settings.start_weights or (1.0,) * len(settings.start_blocks), dtype=torch.float64)
+    key_1 = image_keys("training", settings.seed, [update])
+    choice_B = draw(weight.log().expand(1, settings.batch_size, -1), uniform(key_1, settings.batch_size, stream=3))
+    return torch.tensor(settings.start_blocks)[choice_B[0]]
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:
@@ -140,9 +163,9 @@ def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, student: nn.Module, step: int, settings: DistillSettings) -> None:
-    """Move the averaged weights towards the student's after update `step`, counted from 0."""
-    rate = min(settings.ema_rate, (step + 1) / (step + 10))
+def update_ema(ema: nn.Module, student: nn.Module, update: int, settings: DistillSettings) -> None:
+    """Move the averaged weights towards the student's after an update, counted from 0."""
+    rate = min(settings.ema_rate, (update + 1) / (update + 10))
     for average, value in zip(ema.parameters(), student.parameters(), strict=True):
         average.lerp_(value, 1 - rate)
 
@@ -153,9 +176,10 @@ def batch_loss(
     batch: Shard,
     known_blocks_B: Tensor,
     settings: DistillSettings,
+    split_block: int,
     image_distance: ImageDistance | None = None,
 ) -> Losses:
-    """The loss of a student on some trajectories, each started from its own number of known blocks (Eq. 5 to 7)."""
+    """The loss of a student on some trajectories, each started from its own number of known blocks (Eq. 5, 6, 7)."""
     order, codebook_VC = teacher.order, teacher.codebook
     device = codebook_VC.device
     token_BL, known_blocks_B = batch.token_NL.to(device), known_blocks_B.to(device)
@@ -163,18 +187,23 @@ def batch_loss(
     noise_BLC = gaussian_noise(batch.key_N.to(device), order.length, codebook_VC.shape[1])
     known_BL = order.known_BL(known_blocks_B)
     condition = Condition(batch.label_N, teacher.num_classes).to(device)
-    with _autocast(device, settings):
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16), _attention(device):
         output = student(corrupt(noise_BLC, code_BLC, known_BL), condition, known_blocks_B)
-    weight_L = (
-        torch.tensor(settings.block_weights, device=device)[order.block_L(device)] if settings.block_weights else None
-    )
-    return distillation_loss(
-        output, token_BL, code_BLC, known_BL, settings.loss, weight_L, teacher.decode, image_distance
-    )
+    perceptual = None
+    if settings.loss.perceptual_weight > 0:
+        assert image_distance is not None
+        predicted_BLC = soft_sequence(output, codebook_VC, order, split_block)
+        predicted_BLC = torch.where(known_BL.unsqueeze(-1), code_BLC, predicted_BLC)
+        perceptual = perceptual_loss(predicted_BLC, code_BLC, teacher.decode, image_distance)
+    weight_L = None
+    if settings.block_weights:
+        weight_L = torch.tensor(settings.block_weights, device=device)[order.block_L(device)]
+    return distillation_loss(output, token_BL, code_BLC, known_BL, settings.loss, weight_L, perceptual)
 
 
-def _autocast(device: torch.device, settings: DistillSettings) -> AbstractContextManager[None]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    # On a CPU the fused kernel's backward pass in bfloat16 takes three times as long as plain attention's.
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def distill(
@@ -182,6 +211,7 @@ def distill(
     student: nn.Module,
     trajectories: Shard,
     settings: DistillSettings,
+    split_block: int,
     state: Path,
     on_update: Callable[[Update], bool],
     image_distance: ImageDistance | None = None,
@@ -194,6 +224,7 @@ def distill(
         student: trained in place, on the teacher's device.
         trajectories: what it learns.
         settings: see there.
+        split_block: where sampling will go over from the logits to the code head; the perceptual loss follows it.
         state: file that holds the run; when it is there, the run goes on from it.
         on_update: hears of every update; when it returns False the run is saved and stops.
         image_distance: the perceptual distance, needed when its weight is positive.
@@ -205,7 +236,7 @@ def distill(
     Raises:
         ValueError: settings that do not fit the teacher.
     """
-    settings.check(teacher.order)
+    settings.check(teacher.order, split_block)
     if settings.loss.perceptual_weight > 0 and image_distance is None:
         raise ValueError(f"a perceptual weight of {settings.loss.perceptual_weight} needs an image distance")
     ema = copy.deepcopy(student).requires_grad_(False)
@@ -213,19 +244,20 @@ def distill(
     modules, optimizers = {"student": student, "ema": ema}, {"optimizer": optimizer}
     first = load_training(state, modules, optimizers) if state.is_file() else 0
     forward = torch.compile(student.train()) if settings.compile else student.train()
-    for step in range(first, settings.num_steps):
+    for update in range(first, settings.num_updates):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, settings)
-        batch = trajectories[batch_indices(step, settings, len(trajectories))]
-        losses = batch_loss(teacher, forward, batch, start_blocks_of(step, settings), settings, image_distance)
+            group["lr"] = learning_rate_at(update, settings)
+        batch = trajectories[batch_indices(update, settings, len(trajectories))]
+        known_blocks_B = start_blocks_of(update, settings)
+        losses = batch_loss(teacher, forward, batch, known_blocks_B, settings, split_block, image_distance)
         optimizer.zero_grad()
         losses.total.backward()
         nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
         optimizer.step()
-        update_ema(ema, student, step, settings)
-        keep_on = on_update(Update(step + 1, losses, group["lr"]))
-        if not keep_on or (step + 1) % save_every == 0 or step + 1 == settings.num_steps:
-            save_training(state, modules, optimizers, step + 1)
+        update_ema(ema, student, update, settings)
+        keep_on = on_update(Update(update + 1, losses, group["lr"]))
+        if not keep_on or (update + 1) % save_every == 0 or update + 1 == settings.num_updates:
+            save_training(state, modules, optimizers, update + 1)
         if not keep_on:
             return None
     return ema.eval()

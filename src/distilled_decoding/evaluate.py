@@ -7,7 +7,6 @@ seed, so that shared noise cannot bring them together, and the teacher compared 
 Axis letters: B batch, C image channels, H W image, N images.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,10 +23,11 @@ from distilled_decoding.baselines import OneStep, onestep_images
 from distilled_decoding.checkpoint import load_json, load_tensors, save_json, save_tensors
 from distilled_decoding.condition import Condition
 from distilled_decoding.metrics.features import Classifier
-from distilled_decoding.metrics.frechet import Accumulator, Statistics, frechet_distance
-from distilled_decoding.metrics.reference import check_reference, score
+from distilled_decoding.metrics.frechet import Statistics, frechet_distance
+from distilled_decoding.metrics.reference import Measured, check_reference, measure
 from distilled_decoding.noise import image_keys
-from distilled_decoding.pipeline import Pipeline, fingerprint
+from distilled_decoding.pipeline import Pipeline
+from distilled_decoding.records import first_difference, identity, record
 from distilled_decoding.store import Shard
 from distilled_decoding.trajectories import Progress
 
@@ -55,7 +55,7 @@ class EvaluationSettings:
         ValueError: an unknown method, something named twice, or too few samples.
     """
 
-    methods: tuple[str, ...] = ("teacher", "teacher-ancestral", "1", "2", "4", "onestep")
+    methods: tuple[str, ...] = ("teacher", "1", "2")
     num: int = 10_000
     seeds: tuple[int, ...] = (0, 1, 2)
     keep: int = 64
@@ -120,8 +120,7 @@ class _Method:
 class _Run:
     """What is kept of one method at one seed."""
 
-    statistics: Statistics
-    accuracy: float
+    measured: Measured
     seconds_per_image: float
 
 
@@ -144,7 +143,7 @@ def evaluate(
         classifier: in evaluation mode; gives the features and judges the classes.
         settings: what to measure.
         reference: `real_statistics` of the same classifier.
-        out: folder of the runs, a safetensors and a JSON file each.
+        out: folder of the runs, a safetensors and a JSON file each, and the record of what was asked first.
         shard: trajectories, from which `onestep` takes its frequencies.
         progress: called with the number of images finished, those of runs found on disk included.
 
@@ -158,6 +157,8 @@ def evaluate(
     keys = [(name, seed) for name in settings.methods for seed in settings.seeds]
     # All are read before any is made: a folder that does not fit is refused at once, not after hours.
     found = {key: _load(_path(out, *key), methods[key[0]]) for key in keys}
+    made_from = {name: method.made_from for name, method in methods.items()}
+    record(out, "evaluate", {**asdict(settings), "made_from": made_from}, {"reference": reference.images})
     runs: _Runs = {}
     for (name, seed), run in found.items():
         if run is not None:
@@ -207,20 +208,16 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
 
 
 def _method(pipeline: Pipeline, name: str, shard: Shard | None, shared: Mapping[str, Any]) -> _Method:
-    config = pipeline.config
-    made_from = {**shared, "micro_batch": config.micro_batch, "teacher": pipeline.fingerprint}
     if name == "onestep":
         if shard is None:
             raise ValueError("onestep takes its frequencies from trajectories; give some, or leave it out")
         baseline = OneStep.fit(shard, pipeline.num_classes, len(pipeline.teacher.codebook))
-        made_from["frequencies"] = sha256(baseline.frequency.numpy().tobytes()).hexdigest()
-        return _Method(partial(onestep_images, pipeline, baseline), made_from)
+        frequencies = sha256(baseline.frequency.numpy().tobytes()).hexdigest()
+        made_from = {"teacher": pipeline.fingerprint, "micro_batch": pipeline.config.micro_batch}
+        images = partial(onestep_images, pipeline, baseline)
+        return _Method(images, {**shared, **made_from, "frequencies": frequencies})
     plan = pipeline.plan(int(name) if name.isdecimal() else name)  # type: ignore[arg-type]
-    made_from |= {"plan": asdict(plan), "sampling": asdict(config.sampling), "flow": asdict(config.flow)}
-    if plan.schedule:
-        made_from |= {"student": fingerprint(pipeline.student), "split_block": config.split_block}  # type: ignore[arg-type]
-    # As JSON gives it back, so that it can be compared with what a file holds.
-    return _Method(partial(pipeline.images, plan), json.loads(json.dumps(made_from)))
+    return _Method(partial(pipeline.images, plan), {**shared, **identity(pipeline, plan)})
 
 
 def _measure(
@@ -228,22 +225,25 @@ def _measure(
 ) -> _Run:
     """Sample, score and save one run; its JSON goes last, so that half a run is never taken for one."""
     num, keep = len(condition), method.made_from["keep"]
-    accumulator = Accumulator(method.made_from["extractor"], f"{path.stem}, {num} samples")
-    hits, seconds, kept = 0, 0.0, []
-    for image_BCHW, spent in _timed(method.images(condition, image_keys("evaluation", seed, range(num)))):
-        scores, seen = score(classifier, image_BCHW), accumulator.count
-        accumulator.update(scores.feature_BD)
-        hits += int((scores.logits_BV.argmax(1).cpu() == condition.label_B[seen : accumulator.count]).sum())
-        kept.append(image_BCHW[: max(0, keep - seen)])
-        seconds += spent
-        progress(len(image_BCHW))
-    assert accumulator.count == num
-    run = _Run(accumulator.statistics(), hits / num, seconds / num)
-    run.statistics.save(path.with_suffix(".safetensors"))
+    kept: list[Tensor] = []
+    seconds = 0.0
+
+    def watched() -> Iterator[Tensor]:
+        nonlocal seconds
+        seen = 0
+        for image_BCHW, spent in _timed(method.images(condition, image_keys("evaluation", seed, range(num)))):
+            seconds += spent
+            kept.append(image_BCHW[: max(0, keep - seen)])
+            seen += len(image_BCHW)
+            yield image_BCHW
+            progress(len(image_BCHW))
+
+    measured = measure(classifier, watched(), condition.label_B, f"{path.stem}, {num} samples")
+    measured.statistics.save(path.with_suffix(".safetensors"))
     save_tensors(path.with_suffix(".images.safetensors"), {"image_NCHW": torch.cat(kept)})
-    measured = {"accuracy": run.accuracy, "seconds_per_image": run.seconds_per_image}
-    save_json(path, {"made_from": method.made_from, **measured})
-    return run
+    values = {"accuracy": measured.accuracy, "seconds_per_image": seconds / num}
+    save_json(path, {"made_from": method.made_from, **values})
+    return _Run(measured, seconds / num)
 
 
 def _timed(images: Iterable[Tensor]) -> Iterator[tuple[Tensor, float]]:
@@ -259,23 +259,26 @@ def _load(path: Path, method: _Method) -> _Run | None:
     if not path.is_file():
         return None
     saved = load_json(path)
-    for key, value in method.made_from.items():
-        if (found := saved["made_from"].get(key)) != value:
-            raise ValueError(f"{path} was made with {key} {found!r}, not {value!r}; choose another --out")
-    return _Run(Statistics.load(path.with_suffix(".safetensors")), saved["accuracy"], saved["seconds_per_image"])
+    try:
+        found, accuracy, seconds = saved["made_from"], saved["accuracy"], saved["seconds_per_image"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} was not written by `evaluate`; choose another --out") from error
+    if difference := first_difference(found, method.made_from):
+        raise ValueError(f"{path} was made from something else: its {difference}; choose another --out")
+    return _Run(Measured(Statistics.load(path.with_suffix(".safetensors")), accuracy), seconds)
 
 
 def _compare(runs: _Runs, name: str, seed: int, next_seed: int, reference: Statistics) -> Result:
     run, teacher = runs[name, seed], runs.get(("teacher", seed))
     other = runs.get(("teacher", next_seed)) if next_seed != seed else None
-    distance = frechet_distance(run.statistics, reference)
+    distance = frechet_distance(run.measured.statistics, reference)
     return Result(
         method=name,
         seed=seed,
         frechet_distance=distance,
-        ratio_to_teacher=distance / frechet_distance(teacher.statistics, reference) if teacher else None,
-        distance_to_teacher=frechet_distance(run.statistics, other.statistics) if other else None,
-        accuracy=run.accuracy,
+        ratio_to_teacher=distance / frechet_distance(teacher.measured.statistics, reference) if teacher else None,
+        distance_to_teacher=frechet_distance(run.measured.statistics, other.measured.statistics) if other else None,
+        accuracy=run.measured.accuracy,
         seconds_per_image=run.seconds_per_image,
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from distilled_decoding.student import StudentOutput
 
 Decode = Callable[[Tensor], Tensor]
-"""Codes [B, L, C] to images [B, 3, H, W]."""
+"""Codes [B, L, C] to images [B, 1 or 3, H, W]."""
 
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
 """A scalar distance of two image batches; gradients flow to the first."""
@@ -69,8 +69,7 @@ def distillation_loss(
     known_BL: Tensor,
     weights: LossWeights,
     weight_L: Tensor | None = None,
-    decode: Decode | None = None,
-    image_distance: ImageDistance | None = None,
+    perceptual: Tensor | None = None,
 ) -> Losses:
     """The loss of a student against the ends of its trajectories, over unknown tokens only (Eq. 7).
 
@@ -81,20 +80,24 @@ def distillation_loss(
         known_BL: bool, tokens that were given.
         weights: of the parts.
         weight_L: weight of each token; None weighs all alike.
-        decode: the teacher's decoder, needed with a perceptual weight.
-        image_distance: the perceptual distance, likewise.
+        perceptual: distance of the decoded images, a scalar (`perceptual_loss`); None counts as 0.
     """
     weight_BL = (~known_BL).float() * (1.0 if weight_L is None else weight_L)
-    cross_entropy_BL = F.cross_entropy(output.logits_BLV.mT, token_BL, reduction="none")
+    flat = F.cross_entropy(output.logits_BLV.flatten(0, 1), token_BL.flatten(), reduction="none")
+    cross_entropy_BL = flat.view(token_BL.shape)
     logits = _mean(cross_entropy_BL, weight_BL)
     code = _mean((output.code_BLC - code_BLC).square().sum(-1), weight_BL)
-    perceptual = logits.new_zeros(())
-    if weights.perceptual_weight > 0:
-        assert decode is not None and image_distance is not None
-        predicted_BLC = torch.where(known_BL.unsqueeze(-1), code_BLC, output.code_BLC)
-        with torch.no_grad():
-            target_B3HW = decode(code_BLC)
-        perceptual = image_distance(decode(predicted_BLC), target_B3HW)
+    perceptual = logits.new_zeros(()) if perceptual is None else perceptual
     total = weights.logits_weight * logits + weights.code_weight * code + weights.perceptual_weight * perceptual
     hits_BL = (output.logits_BLV.argmax(-1) == token_BL).float()
     return Losses(total, logits, code, perceptual, _mean(hits_BL, (~known_BL).float()))
+
+
+def perceptual_loss(predicted_BLC: Tensor, code_BLC: Tensor, decode: Decode, image_distance: ImageDistance) -> Tensor:
+    """Distance of the images of predicted codes from those of the trajectories' codes, a scalar.
+
+    Gradients flow through the decoder to `predicted_BLC`.
+    """
+    with torch.no_grad():
+        target_BCHW = decode(code_BLC)
+    return image_distance(decode(predicted_BLC), target_BCHW)

@@ -1,9 +1,8 @@
 """The pipeline: a teacher, its student, and everything needed to turn labels and seeds into images.
 
-Axis letters: B batch, L tokens in a sequence, C code channels, H W image.
+Axis letters: B batch, L tokens in a sequence, C code or image channels, H W image.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,16 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distilled_decoding.checkpoint import load_json, save_json
+from distilled_decoding.checkpoint import fingerprint, load_json, save_json, sha256
 from distilled_decoding.condition import Condition
 from distilled_decoding.families import family
 from distilled_decoding.flow import FlowSettings
+from distilled_decoding.images import to_pil, to_uint8
 from distilled_decoding.noise import image_keys
 from distilled_decoding.sampling import Callback, Plan, check_plan, sample, spread_schedule
 from distilled_decoding.teacher import TeacherSampling
 from distilled_decoding.zoo import resolve
 
 Steps = int | Literal["teacher", "teacher-ancestral"]
+
+_INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,12 @@ class PipelineConfig:
         class_names: names of the classes, in label order.
         sampling: the teacher's distribution.
         flow: the solver that made the student's trajectories.
-        start_blocks: where the student can start; () without a student.
+        start_blocks: where the student can start, or should learn to.
         split_block: blocks before it come from the student's logits, the rest from its code head.
         micro_batch: images generated at once.
+
+    Raises:
+        ValueError: a micro-batch that is not positive, or starting blocks that do not ascend from 0.
     """
 
     family: str
@@ -48,12 +53,18 @@ class PipelineConfig:
     split_block: int
     micro_batch: int
 
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.start_blocks[:1] != (0,) or list(self.start_blocks) != sorted(set(self.start_blocks)):
+            raise ValueError(f"start_blocks must ascend from 0, got {self.start_blocks}")
+
     @classmethod
     def from_json(cls, values: dict[str, Any], source: Path) -> "PipelineConfig":
-        """Read what `to_json` wrote, strictly.
+        """Read the fields out of `model_index.json`, where hub tools keep their own beside them.
 
         Raises:
-            ValueError: a field is missing, unknown or outside its range.
+            ValueError: a field is missing or outside its range.
         """
         try:
             return cls(
@@ -85,7 +96,7 @@ class Output:
 class Pipeline:
     """A teacher with its student, as loaded from a folder."""
 
-    def __init__(self, teacher: Any, student: Any | None, config: PipelineConfig) -> None:  # noqa: ANN401
+    def __init__(self, teacher: Any, student: Any | None, config: PipelineConfig) -> None:
         self.teacher = teacher
         self.student = student
         self.config = config
@@ -98,29 +109,45 @@ class Pipeline:
             ValueError: there is no such model, or it is incomplete or damaged.
         """
         folder = resolve(model)
-        index = load_json(folder / "model_index.json")
-        config = PipelineConfig.from_json(index, folder / "model_index.json")
+        index = load_json(folder / _INDEX)
+        config = PipelineConfig.from_json(index, folder / _INDEX)
         reader = family(config.family)
         teacher = reader.load_teacher(folder).to(device).eval().requires_grad_(False)
+        teacher.order.check_schedule(config.start_blocks, config.start_blocks)
+        if not 0 <= config.split_block <= teacher.order.num_blocks:
+            raise ValueError(f"{folder / _INDEX}: split_block {config.split_block} leaves the sequence")
+        if len(config.class_names) != teacher.num_classes:
+            raise ValueError(f"{folder / _INDEX} names {len(config.class_names)} of {teacher.num_classes} classes")
         student = None
         if "student" in index:
             student = reader.load_student(folder).to(device).eval().requires_grad_(False)
         return cls(teacher, student, config)
 
-    def save_pretrained(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write a folder that `from_pretrained` reads; the index goes last, so half a folder is never taken for one."""
-        reader = family(self.config.family)
-        index: dict[str, Any] = {"_class_name": "Pipeline", **asdict(self.config)}
-        index |= {name: ["distilled_decoding", kind] for name, kind in reader.COMPONENTS.items()}
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a folder that `from_pretrained` reads.
+
+        The index goes last, so half a folder is never taken for a whole one.
+
+        Args:
+            folder: made when it is not there.
+            dtype: of the stored weights; float16 halves the files but may round the teacher to another one.
+        """
+        folder, reader = Path(folder), family(self.config.family)
+        components = dict(reader.COMPONENTS)
         reader.save_teacher(folder, self.teacher, dtype)
         if self.student is not None:
             reader.save_student(folder, self.student, dtype)
-            index["student"] = ["distilled_decoding", type(self.student).__name__]
-        save_json(folder / "model_index.json", index)
+            components["student"] = type(self.student).__name__
+        index: dict[str, Any] = {"_class_name": "Pipeline", **asdict(self.config)}
+        index |= {name: ["distilled_decoding", kind] for name, kind in components.items()}
+        files = [f"{name}/model.safetensors" for name in components]
+        index["sha256"] = {name: sha256(folder / name) for name in files}
+        save_json(folder / _INDEX, index)
 
     def with_student(self, student: nn.Module, start_blocks: tuple[int, ...], split_block: int) -> "Pipeline":
         """The same teacher with another student."""
-        return Pipeline(self.teacher, student, replace(self.config, start_blocks=start_blocks, split_block=split_block))
+        config = replace(self.config, start_blocks=start_blocks, split_block=split_block)
+        return Pipeline(self.teacher, student, config)
 
     def new_student(self, seed: int) -> nn.Module:
         """An untrained student that begins where the teacher stands, on its device."""
@@ -143,7 +170,7 @@ class Pipeline:
 
     def plan(
         self,
-        steps: Steps = 1,
+        steps: Steps | None = None,
         schedule: Sequence[int] | None = None,
         teacher_span: tuple[int, int] | None = None,
     ) -> Plan:
@@ -151,14 +178,16 @@ class Pipeline:
 
         Args:
             steps: number of student steps, spread over its starting blocks; `teacher` maps the image's own
-                noise through the teacher, `teacher-ancestral` samples from it.
+                noise through the teacher, `teacher-ancestral` samples from it. None is 1, or leaves it to `schedule`.
             schedule: starting blocks, instead of `steps`.
             teacher_span: blocks a..b-1 that the teacher predicts in between.
 
         Raises:
             ValueError: the plan cannot be carried out.
         """
-        if schedule is None and isinstance(steps, str):
+        if schedule is not None and steps is not None:
+            raise ValueError(f"give steps or a schedule, not both: got {steps} and {tuple(schedule)}")
+        if isinstance(steps, str):
             if steps not in ("teacher", "teacher-ancestral"):
                 raise ValueError(f"steps must be a number, teacher or teacher-ancestral, got {steps!r}")
             if teacher_span is not None:
@@ -166,8 +195,12 @@ class Pipeline:
             return Plan((), ancestral=steps == "teacher-ancestral")
         if self.student is None:
             raise ValueError("this model has no student yet: sample with steps teacher, or make one with `distill`")
-        blocks = spread_schedule(int(steps), self.config.start_blocks) if schedule is None else tuple(schedule)
-        return check_plan(Plan(blocks, teacher_span), self.teacher.order, self.config.start_blocks)
+        starts = self.config.start_blocks
+        if schedule is None:
+            blocks = spread_schedule(1 if steps is None else steps, starts)
+        else:
+            blocks = self.teacher.order.check_schedule(schedule, starts)
+        return check_plan(Plan(blocks, teacher_span), self.teacher.order, starts)
 
     def codes(self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None) -> Tensor:
         """The codes [B, L, C] of one batch of images."""
@@ -183,25 +216,29 @@ class Pipeline:
             callback,
         )
 
-    @torch.no_grad()
     def images(
         self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None
     ) -> Iterator[Tensor]:
-        """Images as uint8 [B, 1 or 3, H, W] on the CPU, a micro-batch at a time.
+        """Images as uint8 [B, 1 or 3, H, W] on the CPU, a micro-batch at a time, so that any number fits in memory."""
+        return (image_BCHW for image_BCHW, _ in self._generate(plan, condition, key_B, callback))
 
-        The last micro-batch is filled up and cut again, so that every image is computed at one batch size.
-        """
+    @torch.no_grad()
+    def _generate(
+        self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and codes; the last micro-batch is filled up and cut again, so that all have one batch size."""
         size = self.config.micro_batch
         for index_B in torch.arange(len(condition)).split(size):
             filled_B = torch.cat([index_B, index_B[-1:].expand(size - len(index_B))])
             code_BLC = self.codes(plan, condition[filled_B], key_B[filled_B], callback)
-            yield to_uint8(self.teacher.decode(code_BLC[: len(index_B)])).cpu()
+            image_BCHW = to_uint8(self.teacher.decode(code_BLC)).cpu()
+            yield image_BCHW[: len(index_B)], code_BLC[: len(index_B)].cpu()
 
     def __call__(
         self,
         labels: Sequence[int],
         seeds: Sequence[int] | None = None,
-        steps: Steps = 1,
+        steps: Steps | None = None,
         schedule: Sequence[int] | None = None,
         teacher_span: tuple[int, int] | None = None,
         callback: Callback | None = None,
@@ -217,42 +254,27 @@ class Pipeline:
             callback: hears of every step.
 
         Raises:
-            ValueError: a label or plan that does not exist, or as many seeds as labels are not given.
+            ValueError: no label, a label or plan that does not exist, or not as many seeds as labels.
         """
         plan = self.plan(steps, schedule, teacher_span)
         condition = Condition.labels(labels, self.num_classes)
-        seeds = range(len(labels)) if seeds is None else seeds
-        if len(seeds) != len(labels):
-            raise ValueError(f"{len(seeds)} seeds do not fit {len(labels)} labels; give one for each")
+        if not len(condition):
+            raise ValueError("labels is empty; give one for each image")
+        seeds = range(len(condition)) if seeds is None else seeds
+        if len(seeds) != len(condition):
+            raise ValueError(f"{len(seeds)} seeds do not fit {len(condition)} labels; give one for each")
         key_B = torch.cat([image_keys("image", seed, [0]) for seed in seeds])
-        with torch.no_grad():
-            code_BLC = self.codes(plan, condition, key_B, callback)
-            return Output(to_pil(to_uint8(self.teacher.decode(code_BLC)).cpu()), code_BLC)
+        images, codes = zip(*self._generate(plan, condition, key_B, callback), strict=True)
+        return Output(to_pil(torch.cat(images)), torch.cat(codes))
 
 
-def fingerprint(module: nn.Module) -> str:
-    """The sha256 of a module's parameter names and float32 values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def to_uint8(image_B3HW: Tensor) -> Tensor:
-    """Images in [-1, 1], clamped, as uint8."""
-    return (image_B3HW.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-
-
-def to_pil(image_B3HW: Tensor) -> list[Image.Image]:
-    """uint8 images [B, 1 or 3, H, W] as PIL images, grey or RGB."""
-    return [Image.fromarray(i.permute(1, 2, 0).squeeze(-1).numpy()) for i in image_B3HW]
-
-
-def grid(image_NBHW: Tensor, columns: int, scale: int = 2) -> Image.Image:
-    """uint8 images [N, 1 or 3, H, W] as one picture, row by row, each pixel `scale` wide."""
-    rows = [torch.cat(list(row), dim=2) for row in image_NBHW.split(columns)]
-    width = rows[0].shape[2]
-    padded = [nn.functional.pad(row, (0, width - row.shape[2])) for row in rows]
-    picture = torch.cat(padded, dim=1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    return to_pil(picture.unsqueeze(0))[0]
+def problems(folder: Path) -> list[str]:
+    """What is wrong with a pipeline folder's weights, a sentence each; empty when every hash agrees."""
+    found = []
+    for name, expected in load_json(folder / _INDEX).get("sha256", {}).items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif sha256(path) != expected:
+            found.append(f"{path} is damaged: its hash is not the index's")
+    return found

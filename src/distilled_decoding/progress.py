@@ -1,5 +1,6 @@
 """Progress bars with the time left, and stopping cleanly on Ctrl-C or SIGTERM."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,30 +19,41 @@ from rich.progress import (
 
 
 class Stopped(Exception):  # noqa: N818
-    """The user asked to stop; what was finished is on disk."""
+    """The user asked to stop; the message says whether what was finished is kept."""
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C interrupts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second one interrupts at once.
 
-    def __init__(self) -> None:
+    Attributes:
+        requested: whether the user asked to stop.
+    """
+
+    def __init__(self, goes_on: bool) -> None:
         self.requested = False
+        self._goes_on = goes_on
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        # Straight to the file: a handler may have interrupted a buffered write.
+        os.write(2, b"\nstopping after the current step; once more stops at once\n")
 
     def check(self) -> None:
         """Raise `Stopped` when a stop was requested."""
         if self.requested:
-            raise Stopped
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        """The exception that ends the run."""
+        return Stopped("stopped; the same command goes on" if self._goes_on else "stopped")
 
 
 @contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Catch stop requests while the block runs."""
-    stop = StopSignal()
+def stop_signal(goes_on: bool = True) -> Iterator[StopSignal]:
+    """Catch stop requests while the block runs; `goes_on` says whether the same call continues a stopped one."""
+    stop = StopSignal(goes_on)
     previous = {number: signal.signal(number, stop._handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -61,16 +73,20 @@ class Bar:
         """Count more items as finished."""
         self._progress.update(self._task, advance=items)
 
-    def at(self, finished: int, description: str | None = None) -> None:
-        """Say how many items are finished in all and, optionally, what to show beside the bar."""
-        self._progress.update(self._task, completed=finished, description=description)
+    def at(self, finished: int) -> None:
+        """Say how many items are finished in all."""
+        self._progress.update(self._task, completed=finished)
+
+    def say(self, description: str) -> None:
+        """Show what is being done."""
+        self._progress.update(self._task, description=description)
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Bar]:
     """A bar on standard error with the time elapsed and left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("elapsed"),

@@ -1,61 +1,97 @@
 """`run.json`: what made a folder, so that a result can be traced and a stopped run can go on."""
 
-import dataclasses
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distilled_decoding.checkpoint import load_json, save_json
+from distilled_decoding.checkpoint import fingerprint, load_json, save_json
+
+if TYPE_CHECKING:
+    from distilled_decoding.pipeline import Pipeline
+    from distilled_decoding.sampling import Plan
 
 _RECORD = "run.json"
+_NONE: Mapping[str, Any] = {}
 
 
-def claim(out: Path, command: str, settings: Any) -> None:  # noqa: ANN401
+def claim(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[str, Any] = _NONE) -> None:
     """Take a folder for a run, or go on with the same run.
 
     Args:
-        out: a new or empty folder, or one that the same words have made.
+        out: a new or empty folder, or one that the same run has made.
         command: the command's name.
-        settings: a dataclass; two runs are the same when their settings are.
+        settings: everything that determines the result, by content; two runs are the same when these are.
+        notes: what a reader may want to know besides, such as names and paths; not compared.
 
     Raises:
         ValueError: the folder holds another run, or files of another kind, or is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; choose a folder for --out")
-    asked = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    if (out / _RECORD).is_file():
-        record = load_json(out / _RECORD)
-        found = record["settings"]
-        if record["command"] != command:
-            raise ValueError(f"{out} holds a run of {record['command']!r}; choose another --out")
-        for key in sorted({*asked, *found}):
-            if asked.get(key) != found.get(key):
-                raise ValueError(
-                    f"{out} holds another run: its {key} is {found.get(key)!r}, not {asked.get(key)!r}; "
-                    "choose another --out"
-                )
-        return
-    if out.exists() and any(out.iterdir()):
+    record = _recorded(out, command)
+    if record is not None:
+        difference = first_difference(record["settings"], _plain(settings))
+        if difference:
+            raise ValueError(f"{out} holds another run: its {difference}; choose another --out")
+    elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no {_RECORD}; choose another --out")
-    save_json(out / _RECORD, {"command": command, "settings": asked, **environment()})
+    else:
+        _write(out, command, settings, notes)
+
+
+def record(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[str, Any] = _NONE) -> None:
+    """Leave a `run.json` in a folder that has none; what the folder holds is checked by other means.
+
+    Raises:
+        ValueError: the folder holds a run of another command, or is a file.
+    """
+    if _recorded(out, command) is None:
+        _write(out, command, settings, notes)
+
+
+def identity(pipeline: "Pipeline", plan: "Plan") -> dict[str, Any]:
+    """Everything of a pipeline that determines the images of a plan, as JSON gives it back."""
+    config = pipeline.config
+    values = {
+        "teacher": pipeline.fingerprint,
+        "plan": asdict(plan),
+        "sampling": asdict(config.sampling),
+        "flow": asdict(config.flow),
+        "micro_batch": config.micro_batch,
+    }
+    if plan.schedule:
+        assert pipeline.student is not None
+        values |= {"student": fingerprint(pipeline.student), "split_block": config.split_block}
+    return _plain(values)
+
+
+def first_difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    """The first value in which two nested records differ, such as `settings.seed is 0, not 1`; None when none does."""
+    flat_found, flat_asked = _flat(found), _flat(asked)
+    for key in sorted({*flat_found, *flat_asked}):
+        a, b = (json.dumps(flat[key]) if key in flat else "absent" for flat in (flat_found, flat_asked))
+        if a != b:
+            return f"{key} is {a}, not {b}"
+    return None
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and machine."""
+    """Versions, commit (with whether files differ from it) and machine."""
+    commit, dirty = _commit()
     return {
         "versions": {
             "distilled_decoding": version("distilled-decoding"),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "commit": _commit(),
+        "commit": commit,
+        "dirty": dirty,
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -65,12 +101,53 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+def _recorded(out: Path, command: str) -> dict[str, Any] | None:
+    """The folder's record when it has one of this command."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a folder for --out")
+    path = out / _RECORD
+    if not path.is_file():
         return None
+    values = load_json(path)
+    if not isinstance(values, dict) or not isinstance(values.get("settings"), dict) or "command" not in values:
+        raise ValueError(f"{path} was not written by this program; choose another --out")
+    if values["command"] != command:
+        raise ValueError(f"{out} holds a run of {values['command']!r}; choose another --out")
+    return values
+
+
+def _write(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    values = {"command": command, "settings": _plain(settings), "notes": _plain(notes)}
+    save_json(out / _RECORD, {**values, **environment()})
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: tuples become lists, paths strings."""
+    return json.loads(json.dumps(dict(values), default=str))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of this package's own checkout, never of a repository that an installed copy happens to lie in."""
+    root = Path(__file__).parents[2]
+    project = root / "pyproject.toml"
+    if not project.is_file() or 'name = "distilled-decoding"' not in project.read_text():
+        return None, None
+    try:
+        return _git(root, "rev-parse", "HEAD"), bool(_git(root, "status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""Samplers: student steps, teacher blocks in between, or the teacher alone, all behind one function.
+"""Samplers: student steps, teacher blocks in between, or the teacher alone, all behind one function (Eq. 9).
 
 Axis letters: B batch, L tokens in a sequence, C code channels.
 """
@@ -53,7 +53,7 @@ class Plan:
 
 
 def spread_schedule(steps: int, start_blocks: Sequence[int]) -> tuple[int, ...]:
-    """The schedule of `steps` student steps: starting blocks taken at even distances, block 0 first.
+    """The schedule of `steps` student steps: every (S / steps)-th of its S starting blocks, rounded down.
 
     Raises:
         ValueError: fewer than one step, or more than there are starting blocks.
@@ -83,6 +83,8 @@ def check_plan(plan: Plan, order: BlockOrder, start_blocks: Sequence[int]) -> Pl
                 f"teacher span {first} {end} must end at a block of the schedule {plan.schedule} "
                 f"or at the last, {order.num_blocks}"
             )
+        if wasted := [start for start in plan.schedule if 0 < start and first <= start < end]:
+            raise ValueError(f"the teacher span {first} {end} would overwrite the student's step at block {wasted[0]}")
     return plan
 
 
@@ -121,8 +123,7 @@ def sample(
     code_BLC = noise_BLC
 
     def teach(first: int, end: int) -> Tensor:
-        known = (*order.starts, order.length)[first]
-        prefix_BL = nearest(code_BLC[:, :known], codebook_VC) if first else None
+        prefix_BL = nearest(code_BLC[:, : order.tokens_before(first)], codebook_VC) if first else None
         token_BL = rollout(teacher, condition, sampling, choose, prefix_BL, end)
         predicted_BLC = torch.cat([lookup(token_BL, codebook_VC), noise_BLC[:, token_BL.shape[1] :]], 1)
         tell(Step("teacher", first, predicted_BLC))
@@ -134,7 +135,8 @@ def sample(
         known_BL = order.known_BL(known_blocks_B)
         x_BLC = corrupt(noise_BLC, code_BLC, known_BL)
         output = student(x_BLC, condition, known_blocks_B)
-        output = pass_known(output, x_BLC, nearest(x_BLC, codebook_VC), known_BL)
+        if start > 0:
+            output = pass_known(output, x_BLC, nearest(x_BLC, codebook_VC), known_BL)
         predicted_BLC = final_sequence(output, codebook_VC, order, split_block)
         tell(Step("student", start, predicted_BLC))
         return predicted_BLC

@@ -75,11 +75,14 @@ class TrajectoryStore:
         """Open a folder for reading.
 
         Raises:
-            ValueError: there is no manifest.
+            ValueError: there is no manifest, or it is not one of trajectories.
         """
         if not (folder / _MANIFEST).is_file():
             raise ValueError(f"{folder} holds no trajectories (no {_MANIFEST}); make them with `trajectories`")
-        return cls(folder, load_json(folder / _MANIFEST))
+        manifest = load_json(folder / _MANIFEST)
+        if not isinstance(manifest, dict) or not {"teacher", "shards"} <= set(manifest):
+            raise ValueError(f"{folder / _MANIFEST} is not a manifest of trajectories")
+        return cls(folder, manifest)
 
     @property
     def num_trajectories(self) -> int:
@@ -88,19 +91,39 @@ class TrajectoryStore:
 
     def num_in_shard(self, number: int) -> int:
         """Trajectories that a shard holds; 0 when it is not there."""
-        return int(self.manifest["shards"].get(_name(number), {}).get("num", 0))
+        return int(self._entry(number).get("num", 0))
+
+    def read(self, number: int) -> Shard:
+        """One shard.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        entry = self._entry(number)
+        path = self.folder / entry["file"]
+        tensors, _ = load_tensors(path)
+        if sha256(path) != entry["sha256"]:
+            raise ValueError(f"{path} is damaged: its hash is not the manifest's; make the trajectories again")
+        return Shard(tensors["token_NL"].long(), tensors["label_N"].long(), tensors["key_N"])
 
     def write(self, number: int, shard: Shard) -> None:
-        """Write a shard and then enter it in the manifest, so that a crash between the two loses it cleanly."""
-        path = self.folder / _name(number)
+        """Write a shard, new or grown, under a new name and then enter it in the manifest.
+
+        A crash between the two leaves the old one in place.
+        """
+        assert int(shard.token_NL.max()) < 2**16, "tokens are stored as uint16"
+        path = self.folder / f"shard-{number:05d}-{len(shard):06d}.safetensors"
         tensors = {
             "token_NL": shard.token_NL.to(torch.uint16),
             "label_N": shard.label_N.to(torch.int32),
             "key_N": shard.key_N,
         }
         save_tensors(path, tensors)
-        self.manifest["shards"][_name(number)] = {"num": len(shard), "sha256": sha256(path)}
+        old = self._entry(number).get("file")
+        self.manifest["shards"][f"{number:05d}"] = {"file": path.name, "num": len(shard), "sha256": sha256(path)}
         save_json(self.folder / _MANIFEST, self.manifest)
+        if old not in (None, path.name):
+            (self.folder / old).unlink()
 
     def load(self) -> Shard:
         """All trajectories in memory, in order.
@@ -110,26 +133,21 @@ class TrajectoryStore:
         """
         if not self.manifest["shards"]:
             raise ValueError(f"{self.folder} holds no finished shard; run `trajectories` again")
-        return Shard.cat([self._read(name) for name in sorted(self.manifest["shards"])])
+        return Shard.cat([self.read(number) for number in sorted(map(int, self.manifest["shards"]))])
 
     def problems(self) -> list[str]:
         """What is wrong with the shards, a sentence each; empty when every hash agrees."""
         found = []
-        for name, entry in self.manifest["shards"].items():
-            path = self.folder / name
+        for entry in self.manifest["shards"].values():
+            path = self.folder / entry["file"]
             if not path.is_file():
                 found.append(f"{path} is missing")
             elif sha256(path) != entry["sha256"]:
                 found.append(f"{path} is damaged: its hash is not the manifest's")
         return found
 
-    def _read(self, name: str) -> Shard:
-        tensors, _ = load_tensors(self.folder / name)
-        return Shard(tensors["token_NL"].long(), tensors["label_N"].long(), tensors["key_N"])
-
-
-def _name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
+    def _entry(self, number: int) -> dict[str, Any]:
+        return self.manifest["shards"].get(f"{number:05d}", {})
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Student(Protocol):
         ...
 
     def __call__(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
-        """Predict every position of a sequence from it and from the blocks before its own.
+        """Predict every position of a sequence from it and from the blocks before its own (Eq. 6).
 
         Args:
             code_BLC: codes in the leading known blocks, noise in the others.
@@ -69,7 +69,7 @@ def pass_known(output: StudentOutput, code_BLC: Tensor, token_BL: Tensor, known_
 
 
 def final_sequence(output: StudentOutput, codebook_VC: Tensor, order: BlockOrder, split_block: int) -> Tensor:
-    """The sequence to decode, code_BLC: most likely codes before `split_block`, predicted vectors from it on.
+    """The sequence to decode, code_BLC (Eq. 8): most likely codes before `split_block`, predicted ones from it on.
 
     Args:
         output: the student's predictions.
@@ -82,6 +82,13 @@ def final_sequence(output: StudentOutput, codebook_VC: Tensor, order: BlockOrder
     """
     if not 0 <= split_block <= order.num_blocks:
         raise ValueError(f"split_block must lie in 0..{order.num_blocks}, the number of blocks, got {split_block}")
-    split = sum(order.sizes[:split_block])
+    split = order.tokens_before(split_block)
     chosen_BLC = codebook_VC[output.logits_BLV[:, :split].argmax(-1)]
     return torch.cat([chosen_BLC, output.code_BLC[:, split:]], dim=1)
+
+
+def soft_sequence(output: StudentOutput, codebook_VC: Tensor, order: BlockOrder, split_block: int) -> Tensor:
+    """`final_sequence` with the expected code in place of the most likely one, so that gradients flow."""
+    split = order.tokens_before(split_block)
+    expected_BLC = output.logits_BLV[:, :split].softmax(-1) @ codebook_VC
+    return torch.cat([expected_BLC, output.code_BLC[:, split:]], dim=1)

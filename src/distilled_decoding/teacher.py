@@ -178,7 +178,7 @@ class TeacherSampling:
 
     def __post_init__(self) -> None:
         _ = self.guidance
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top-k must be 0 (off) or more, got {self.top_k}")
@@ -248,7 +248,7 @@ def rollout(
     """
     order = teacher.order
     tokens = [] if prefix_BL is None else [prefix_BL]
-    first = 0 if prefix_BL is None else (*order.starts, order.length).index(prefix_BL.shape[1])
+    first = 0 if prefix_BL is None else [*order.starts, order.length].index(prefix_BL.shape[1])
     last = order.num_blocks if end_block is None else end_block
     state = teacher.start(condition, sampling.guidance, prefix_BL)
     for block in range(first, last):

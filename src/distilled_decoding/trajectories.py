@@ -70,23 +70,41 @@ def _tokens(teacher: Teacher, settings: TrajectorySettings, indices: range, devi
 def generate(
     teacher: Teacher, store: TrajectoryStore, settings: TrajectorySettings, num: int, progress: Progress
 ) -> None:
-    """Write the trajectories 0..num-1 that the store does not have yet, a shard at a time.
+    """Write the trajectories 0..num-1 that the store does not have yet.
 
     Args:
         teacher: the model.
-        store: an opened store; stopping between shards loses at most one of them.
+        store: an opened store. What is finished of a shard is written even when `progress` raises.
         settings: what the store's manifest was made from.
         num: how many trajectories the store shall hold at least.
         progress: called with the number of trajectories finished, those found on disk included.
     """
-    device = teacher.codebook.device
     for number, begin in enumerate(range(0, num, settings.shard_size)):
         end = min(begin + settings.shard_size, num)
         if store.num_in_shard(number) >= end - begin:
             progress(end - begin)
-            continue
-        parts = []
-        for first in range(begin, end, settings.micro_batch):
-            parts.append(_tokens(teacher, settings, range(first, first + settings.micro_batch), device))
-            progress(min(settings.micro_batch, end - first))
-        store.write(number, Shard.cat(parts)[: end - begin])
+        else:
+            _fill(teacher, store, settings, number, range(begin, end), progress)
+
+
+def _fill(
+    teacher: Teacher,
+    store: TrajectoryStore,
+    settings: TrajectorySettings,
+    number: int,
+    indices: range,
+    progress: Progress,
+) -> None:
+    """Complete one shard. Micro-batches begin at multiples of their size, wherever a run was cut."""
+    size, device = settings.micro_batch, teacher.codebook.device
+    whole = store.num_in_shard(number) // size * size
+    parts = [store.read(number)[:whole]] if whole else []
+    try:
+        if whole:
+            progress(whole)
+        for first in range(indices.start + whole, indices.stop, size):
+            parts.append(_tokens(teacher, settings, range(first, first + size), device)[: indices.stop - first])
+            progress(len(parts[-1]))
+    finally:
+        if parts:
+            store.write(number, Shard.cat(parts))

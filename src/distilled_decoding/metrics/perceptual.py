@@ -56,7 +56,7 @@ def effnet_lite0_distance(device: str = "cpu") -> Callable[[Tensor, Tensor], Ten
     return lambda image, target: feature_map_distance(lambda x: _effnet_maps(model, x), image, target)
 
 
-def _effnet_maps(model: Any, image_BCHW: Tensor) -> list[Tensor]:  # noqa: ANN401
+def _effnet_maps(model: Any, image_BCHW: Tensor) -> list[Tensor]:
     """Outputs of some blocks; the network was trained on values that are [-1, 1] to within a hundredth."""
     image_BCHW = image_BCHW.expand(-1, 3, -1, -1)
     if min(image_BCHW.shape[2:]) < _EFFNET_SIZE:
@@ -73,11 +73,15 @@ def lpips_distance(device: str = "cpu") -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS (VGG), when the user has the package and its weights.
 
     Raises:
-        ValueError: the package is not installed.
+        ValueError: the package or its weights are not there.
     """
     try:
         import lpips
     except ImportError as error:
         raise ValueError("the distance lpips needs its package and weights: pip install lpips") from error
-    model: nn.Module = lpips.LPIPS(net="vgg").to(device).eval().requires_grad_(False)
+    # The package fetches weights over the network through torchvision, which may fail in any way.
+    try:
+        model: nn.Module = lpips.LPIPS(net="vgg").to(device).eval().requires_grad_(False)
+    except Exception as error:
+        raise ValueError(f"the distance lpips could not load its weights ({error}); use another one") from error
     return lambda image, target: model(image.expand(-1, 3, -1, -1), target.expand(-1, 3, -1, -1)).mean()

@@ -3,14 +3,30 @@
 Axis letters: B batch, C image channels, H W image, N images.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from distilled_decoding.checkpoint import fingerprint
 from distilled_decoding.metrics.features import Classifier, Scores
 from distilled_decoding.metrics.frechet import Accumulator, Statistics
-from distilled_decoding.pipeline import fingerprint
 
 _MICRO_BATCH = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What is known of a set of images after a classifier has seen them.
+
+    Attributes:
+        statistics: of their features.
+        accuracy: share of the images that the classifier gives their label.
+    """
+
+    statistics: Statistics
+    accuracy: float
 
 
 @torch.no_grad()
@@ -29,6 +45,27 @@ def score(classifier: Classifier, image_BCHW: Tensor) -> Scores:
             "use one trained on such images"
         )
     return classifier(image_BCHW.to(classifier.head.weight.device).float() / 127.5 - 1)
+
+
+def measure(classifier: Classifier, images: Iterable[Tensor], label_N: Tensor, name: str) -> Measured:
+    """Statistics and class accuracy of images that come batch after batch.
+
+    Args:
+        classifier: in evaluation mode.
+        images: batches of uint8 images [B, C, H, W]; never more than one is held.
+        label_N: the label that each image should have, int64.
+        name: what the images are, in words.
+
+    Raises:
+        ValueError: see `score`; fewer than two images.
+    """
+    accumulator, hits = Accumulator(fingerprint(classifier), name), 0
+    for image_BCHW in images:
+        scores, seen = score(classifier, image_BCHW), accumulator.count
+        accumulator.update(scores.feature_BD)
+        hits += int((scores.logits_BV.argmax(1).cpu() == label_N[seen : accumulator.count]).sum())
+    assert accumulator.count == len(label_N)
+    return Measured(accumulator.statistics(), hits / len(label_N))
 
 
 def real_statistics(classifier: Classifier, image_NCHW: Tensor, images: str = "real test images") -> Statistics:

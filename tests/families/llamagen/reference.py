@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from distilled_decoding.condition import Condition
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
+from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
 from tests.golden import Case
 
 
@@ -45,6 +49,34 @@ def tokenizer(case: Case) -> VQTokenizer:
     weights = {k: v for k, v in case.weights["vq"].items() if k != "quantize.codebook_used"}
     model.load_state_dict(weights)
     return model.eval()
+
+
+def teacher(case: Case) -> LlamaGenTeacher:
+    """The case's transformer, or, where only the order and the codebook matter, one that was never trained."""
+    untrained = "gpt" not in case.config
+    model = Transformer(TransformerConfig(**sizes(case.config["dd"]))) if untrained else transformer(case)
+    return LlamaGenTeacher(tokenizer(case), model.eval())
+
+
+def noise(case: Case) -> Tensor:
+    """The case's initial noise, made by its `noise_rule` where none is stored."""
+    if "noise" in case.inputs:
+        return case.inputs["noise"]
+    dd, random = case.config["dd"], np.random.RandomState(case.config["noise_seed"])
+    return torch.from_numpy(random.standard_normal((1, dd["block_size"], dd["codebook_dim"]))).float()
+
+
+def image(case: Case) -> Tensor:
+    """The case's image, made by its `image_rule`."""
+    random, side = np.random.RandomState(case.config["image_seed"]), case.config["reso"]
+    return torch.from_numpy(random.uniform(-1, 1, (1, 3, side, side))).float()
+
+
+def excerpts(image_B3HW: Tensor) -> dict[str, Tensor]:
+    """What a case stores of a large image: every eighth pixel, and a patch."""
+    top, left = (96, 64) if image_B3HW.shape[-1] >= 128 else (0, 0)
+    patch = image_B3HW[:, :, top : top + 32, left : left + 32]
+    return {"sub8": image_B3HW[:, :, ::8, ::8], "crop": patch}
 
 
 def labels(case: Case, num_classes: int) -> Condition:

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import Tensor
 
 from distilled_decoding import codebook
 from distilled_decoding.condition import Condition
@@ -9,7 +8,7 @@ from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Tr
 from distilled_decoding.student import StudentOutput, final_sequence, pass_known
 from tests.families.llamagen import reference
 from tests.families.llamagen.test_transformer import CONFIG, randomised, small_tokenizer
-from tests.golden import Case, load_case
+from tests.golden import load_case
 
 
 @pytest.fixture
@@ -48,35 +47,6 @@ def test_golden_forward(call: str):
     case.check(f"final_logits_{call}", final.logits_BLV)
     for split in case.config["splits"]:
         case.check(f"final_x_{call}_split{split}", final_sequence(final, codebook_VC, student.order, split))
-
-
-def golden_step(
-    case: Case, step: int, student: LlamaGenStudent, codebook_VC: Tensor, code_BLC: Tensor, known: int
-) -> Tensor:
-    """One of the reference's sampling steps from `known` blocks of `code_BLC`, checked; its sequence."""
-    known_blocks_B = torch.full((len(code_BLC),), known)
-    known_BL = student.order.known_BL(known_blocks_B)
-    code_BLC = torch.where(known_BL[..., None], code_BLC, case.inputs["noise"])
-    output = student(code_BLC, reference.labels(case, 10), known_blocks_B)
-    output = pass_known(output, code_BLC, codebook.nearest(code_BLC, codebook_VC), known_BL)
-    final_BLC = final_sequence(output, codebook_VC, student.order, case.config["split_t"])
-    case.check(f"step{step}_x_in", code_BLC)
-    case.check(f"step{step}_tokens", output.code_BLC)
-    case.check(f"step{step}_logits", output.logits_BLV)
-    case.check(f"step{step}_x_out", final_BLC)
-    return final_BLC
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["dd_llamagen_sample_1step", "dd_llamagen_sample_2step"])
-def test_golden_sampling(name: str):
-    case = load_case(name)
-    student, tokenizer = reference.student(case), reference.tokenizer(case)
-    code_BLC = case.inputs["noise"]
-    for step, known in enumerate(case.config["t_list"]):
-        code_BLC = golden_step(case, step, student, tokenizer.codebook_VC, code_BLC, known)
-    image = tokenizer.decode(code_BLC.transpose(1, 2).unflatten(2, (6, 6)))
-    case.check("image", (image + 1) / 2)
 
 
 def test_parameters_of_the_published_model():

@@ -1,11 +1,12 @@
+import pytest
 import torch
 
 from distilled_decoding.codebook import lookup
-from tests.families.llamagen.reference import tokenizer
+from tests.families.llamagen import reference
 from tests.golden import load_case
 
 CASE = load_case("llamagen_vq")
-MODEL = tokenizer(CASE)
+MODEL = reference.tokenizer(CASE)
 
 
 def as_image(code_BLC: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,21 @@ def test_decoding_matches_the_reference() -> None:
     CASE.check("rec", MODEL.decode(as_image(lookup(CASE.outputs["ids"], MODEL.codebook_VC))))
     CASE.check("dec_ids_img", MODEL.decode(as_image(lookup(CASE.inputs["ids"], MODEL.codebook_VC))))
     CASE.check("dec_z_img", MODEL.decode(CASE.inputs["z"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["struct_llamagen_vq16", "struct_llamagen_vq8"])
+def test_published_structures_match_the_reference(name: str) -> None:
+    case = load_case(name)
+    model, image = reference.tokenizer(case), reference.image(case)
+    token_Bhw = model.encode(image)
+    case.check("ids", token_Bhw.flatten(1))
+    code_BChw = lookup(token_Bhw, model.codebook_VC).permute(0, 3, 1, 2)
+    case.check("quant", code_BChw)
+    decoded = model.decode(code_BChw)
+    assert decoded.shape == image.shape
+    for part, excerpt in reference.excerpts(decoded).items():
+        case.check(f"rec_{part}", excerpt)
 
 
 def test_a_code_is_its_own_token() -> None:

@@ -1,0 +1,55 @@
+"""What the README says is typed is typed here, at small size, on the shipped model."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from distilled_decoding import cli, demo
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = [shlex.split(line) for line in re.findall(r"^\| `distilled-decoding ([^`]*)`", README, re.MULTILINE)]
+SMALL = {
+    "trajectories": {"--num": 16, "--micro-batch": 16, "--shard-size": 16},
+    "distill": {"--num-updates": 2, "--batch-size": 4},
+    "evaluate": {"--num": 20, "--seeds": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def small(words: list[str]) -> list[str]:
+    words = ["fashion-llamagen" if word == "MODEL" else word for word in words]
+    for flag, value in SMALL.get(words[0], {}).items():
+        if flag in words:
+            words[words.index(flag) + 1] = str(value)
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+def test_commands(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    words = [*words, "--fast"] if words[0] == "demo" else small(words)
+    if words[0] == "demo":
+        monkeypatch.setattr(demo, "FAST", demo.DemoSize(trajectories=16, updates=2, samples=20))
+    monkeypatch.setattr(sys, "argv", ["distilled-decoding", *words])
+    cli.main()
+
+
+def test_the_demo_leaves_a_picture_and_a_table(folder: Path) -> None:
+    assert (folder / "demo" / "grid.png").is_file()
+    assert "shipped student, 2 steps" in (folder / "demo" / "table.md").read_text()
+
+
+def test_python() -> None:
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        values: dict = {}
+        exec(block, values)
+        assert [image.size for image in values["images"]] == [(32, 32)] * 2
