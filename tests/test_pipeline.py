@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distilled_decoding.condition import Condition
-from distilled_decoding.noise import image_keys
 from distilled_decoding.images import grid, to_uint8
+from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, problems
 from distilled_decoding.zoo import resolve, shipped
 from tests import tiny

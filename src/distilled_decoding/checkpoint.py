@@ -53,7 +53,7 @@ def save_text(path: Path, text: str) -> None:
     replace_atomically(temporary, path)
 
 
-def save_json(path: Path, value: Any) -> None:  # noqa: ANN401
+def save_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     save_text(path, json.dumps(value, indent=2) + "\n")
 
@@ -99,7 +99,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object
     module.load_state_dict(dict(tensors), strict=True)
 
 
-def save_component(folder: Path, module: nn.Module, config: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+def save_component(folder: Path, module: nn.Module, config: Any, dtype: torch.dtype) -> None:
     """Write `config.json` (a dataclass) and `model.safetensors`, floats as `dtype`."""
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
     save_tensors(folder / "model.safetensors", tensors)
@@ -113,7 +113,7 @@ def load_component(folder: Path, module: nn.Module) -> None:
     load_strict(module, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, path)
 
 
-def load_json(path: Path) -> Any:  # noqa: ANN401
+def load_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:

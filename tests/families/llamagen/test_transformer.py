@@ -10,6 +10,7 @@ from distilled_decoding.families.llamagen.transformer import (
     Transformer,
     TransformerConfig,
     rope_table,
+    rotate,
 )
 from distilled_decoding.teacher import Guidance
 from tests.families.llamagen import reference
@@ -218,3 +219,11 @@ def test_wrong_sizes_are_refused_with_their_value():
         TransformerConfig(**sizes | {"dim": 36})
     with pytest.raises(ValueError, match="20 codes .* 24"):
         LlamaGenTeacher(small_tokenizer(20), Transformer(CONFIG))
+
+
+def test_compiled_rotation_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TransformerConfig(dim=48, num_layers=1, num_heads=2, vocab_size=8, num_tokens=9, num_classes=2)
+    x = torch.randn(3, 10, 2, 2, 24)
+    plain = rotate(x, rope_table(config))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, rope_table(config)), plain, rtol=1e-6, atol=1e-6)
