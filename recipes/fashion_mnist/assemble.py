@@ -31,7 +31,7 @@ class Settings:
     tokenizer: Path | None = None
     transformer: Path | None = None
     student: Path | None = None
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.0
     top_k: int = 0
     top_p: float = 1.0
     start_blocks: tuple[int, ...] = (0, 8, 20, 36)
@@ -54,7 +54,7 @@ def write_teacher(settings: Settings, folder: Path, tokenizer: Path, transformer
         family="llamagen",
         class_names=CLASSES,
         sampling=TeacherSampling(settings.guidance_scale, top_k=settings.top_k, top_p=settings.top_p),
-        flow=FlowSettings(),
+        flow=FlowSettings(num_steps=20),
         start_blocks=settings.start_blocks,
         split_block=settings.split_block,
         micro_batch=250,

@@ -19,7 +19,7 @@ from distilled_decoding import trajectories, zoo
 from distilled_decoding.checkpoint import save_json, save_text
 from distilled_decoding.condition import Condition
 from distilled_decoding.distill import DistillSettings, Update, distill
-from distilled_decoding.evaluate import EvaluationSettings, evaluate, markdown_table, summary
+from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, markdown_table, summary
 from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
@@ -32,6 +32,8 @@ from distilled_decoding.records import claim, environment, identity, record
 from distilled_decoding.sampling import Plan
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
+
+_PICTURED = 20
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,8 @@ def evaluate_model(
         onestep: folder of trajectories, for the independent baseline.
 
     Returns:
-        The summary of `evaluate` and where it was measured; also in `out/summary.json`, a table in `out/table.md`.
+        The summary of `evaluate` and where it was measured; also in `out/summary.json`, a table in `out/table.md`,
+        and in `out/grid.png` a row of images per method, equal labels and noise in a column.
 
     Raises:
         ValueError: methods that the model cannot do, or a folder that holds another run.
@@ -308,6 +311,8 @@ def evaluate_model(
     values |= environment()
     save_json(out / "summary.json", values)
     save_text(out / "table.md", markdown_table(values))
+    kept = [kept_images(out, method, settings.seeds[0])[:_PICTURED] for method in settings.methods]
+    grid(torch.cat(kept), columns=min(_PICTURED, settings.num)).save(out / "grid.png")
     return values
 
 

@@ -270,8 +270,11 @@ class Pipeline:
 
 def problems(folder: Path) -> list[str]:
     """What is wrong with a pipeline folder's weights, a sentence each; empty when every hash agrees."""
+    hashes = load_json(folder / _INDEX).get("sha256")
+    if not hashes:
+        return [f"{folder / _INDEX} lists no hashes, so nothing can be checked"]
     found = []
-    for name, expected in load_json(folder / _INDEX).get("sha256", {}).items():
+    for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
             found.append(f"{path} is missing")
