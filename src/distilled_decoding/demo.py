@@ -43,7 +43,7 @@ class DemoSize:
     samples: int
 
 
-FULL = DemoSize(trajectories=12_288, updates=300, samples=2000)
+FULL = DemoSize(trajectories=8192, updates=250, samples=1000)
 FAST = DemoSize(trajectories=1024, updates=20, samples=250)
 _SEED = 1234
 _TIMED = 4
