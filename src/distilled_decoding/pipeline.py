@@ -220,16 +220,20 @@ class Pipeline:
         self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None
     ) -> Iterator[Tensor]:
         """Images as uint8 [B, 1 or 3, H, W] on the CPU, a micro-batch at a time, so that any number fits in memory."""
-        return (image_BCHW for image_BCHW, _ in self._generate(plan, condition, key_B, callback))
+        return (image_BCHW for image_BCHW, _ in self._generate(plan, condition, key_B, callback, fill=True))
 
     @torch.no_grad()
     def _generate(
-        self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None
+        self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None, fill: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and codes; the last micro-batch is filled up and cut again, so that all have one batch size."""
+        """Images and codes, a micro-batch at a time.
+
+        With `fill` the last one is filled up and cut again, so that every image is computed at one batch size,
+        to the last bit whatever is made beside it; without, a single image costs a single image.
+        """
         size = self.config.micro_batch
         for index_B in torch.arange(len(condition)).split(size):
-            filled_B = torch.cat([index_B, index_B[-1:].expand(size - len(index_B))])
+            filled_B = torch.cat([index_B, index_B[-1:].expand(size - len(index_B) if fill else 0)])
             code_BLC = self.codes(plan, condition[filled_B], key_B[filled_B], callback)
             image_BCHW = to_uint8(self.teacher.decode(code_BLC)).cpu()
             yield image_BCHW[: len(index_B)], code_BLC[: len(index_B)].cpu()
@@ -264,7 +268,7 @@ class Pipeline:
         if len(seeds) != len(condition):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(condition)} labels; give one for each")
         key_B = torch.cat([image_keys("image", seed, [0]) for seed in seeds])
-        images, codes = zip(*self._generate(plan, condition, key_B, callback), strict=True)
+        images, codes = zip(*self._generate(plan, condition, key_B, callback, fill=False), strict=True)
         return Output(to_pil(torch.cat(images)), torch.cat(codes))
 
 
