@@ -8,7 +8,7 @@ Axis letters: B batch, L tokens in a sequence, S blocks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class BlockOrder:
         schedule = tuple(blocks)
         if schedule[:1] != (0,):
             raise ValueError(f"schedule {schedule} must begin with block 0, where everything is noise")
-        if any(later <= earlier for earlier, later in zip(schedule, schedule[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(schedule)):
             raise ValueError(f"schedule {schedule} must strictly ascend")
         if schedule[-1] >= self.num_blocks:
             raise ValueError(f"block {schedule[-1]} of the schedule is past the last, {self.num_blocks - 1}")
