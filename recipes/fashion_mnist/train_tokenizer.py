@@ -1,4 +1,4 @@
-"""Train the tokenizer: python recipes/fashion_mnist/train_tokenizer.py --out DIR --perceptual DIR/classifier.
+"""Train a tokenizer: python recipes/fashion_mnist/train_tokenizer.py --out DIR --family var --perceptual DIR.
 
 VQGAN's losses: L1 + L2, a perceptual distance on a classifier that measures nothing later, codebook and commitment,
 and a patch discriminator from half-way on, its weight set by the ratio of gradients at the last layer.
@@ -8,6 +8,7 @@ Axis letters: B batch, C code channels, h w token grid, H W image, N tokens, V c
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +19,12 @@ from training import cosine, run, start
 
 from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.codebook import nearest
-from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
+from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig as GridConfig
+from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
+from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer
+from distilled_decoding.families.var.tokenizer import TokenizerConfig as ScalesConfig
 from distilled_decoding.metrics.features import load_classifier
 from distilled_decoding.metrics.perceptual import classifier_distance
-
-CONFIG = TokenizerConfig(
-    image_channels=1,
-    ch=32,
-    encoder_ch_mult=(1, 1, 2),
-    decoder_ch_mult=(1, 1, 2),
-    num_res_blocks=1,
-    z_channels=64,
-    codebook_size=512,
-    code_dim=8,
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,7 @@ class Settings:
 
     out: Path
     perceptual: Path
+    family: Literal["llamagen", "var"]
     num_steps: int = 6000
     batch_size: int = 32
     learning_rate: float = 6e-4
@@ -63,23 +57,65 @@ def discriminator() -> nn.Sequential:
     )
 
 
-def quantise(tokenizer: VQTokenizer, z_BChw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Straight-through codes, the codebook + 0.25 commitment loss, and the tokens [N]."""
-    z_NC = z_BChw.permute(0, 2, 3, 1).flatten(0, 2)
+def new_tokenizer(family: str) -> VQTokenizer | MultiScaleTokenizer:
+    """An untrained tokenizer of 8 x 8 positions for images of 32 px, 512 codes of 8 channels."""
+    if family == "llamagen":
+        ch_mult = (1, 1, 2)
+        return VQTokenizer(GridConfig(1, 32, ch_mult, ch_mult, 1, z_channels=64, codebook_size=512, code_dim=8))
+    patch_nums = (1, 2, 3, 4, 6, 8)
+    return MultiScaleTokenizer(ScalesConfig(1, 32, (1, 1, 2), 1, 8, codebook_size=512, patch_nums=patch_nums))
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Features as the decoder reads them, gradients straight through, and what became of the codebook.
+
+    Attributes:
+        z_BChw: the quantised features.
+        loss: the codebook's, and a quarter of the commitment.
+        row_NC: the vectors that were quantised.
+        token_N: their tokens.
+    """
+
+    z_BChw: Tensor
+    loss: Tensor
+    row_NC: Tensor
+    token_N: Tensor
+
+
+def quantise_grid(tokenizer: VQTokenizer, z_BChw: Tensor) -> Quantised:
+    """Every position to its nearest code."""
+    row_NC = z_BChw.detach().permute(0, 2, 3, 1).flatten(0, 2)
     codebook_VC = tokenizer.codebook_VC
-    token_N = nearest(z_NC.detach().unsqueeze(0), codebook_VC.detach()).squeeze(0)
-    code_BChw = codebook_VC[token_N].view(*z_BChw.shape[:1], *z_BChw.shape[2:], -1).permute(0, 3, 1, 2)
+    token_N = nearest(row_NC, codebook_VC.detach())
+    code_BChw = codebook_VC[token_N].view(len(z_BChw), *z_BChw.shape[2:], -1).permute(0, 3, 1, 2)
     loss = F.mse_loss(code_BChw, z_BChw.detach()) + 0.25 * F.mse_loss(z_BChw, code_BChw.detach())
-    return z_BChw + (code_BChw - z_BChw).detach(), loss, token_N
+    return Quantised(z_BChw + (code_BChw - z_BChw).detach(), loss, row_NC, token_N)
+
+
+def quantise_scales(tokenizer: MultiScaleTokenizer, z_BChw: Tensor) -> Quantised:
+    """Scale by scale what the coarser ones left over; the loss is the mean over scales (VAR, section 3.2)."""
+    quantizer, codebook_VC = tokenizer.quantize, tokenizer.codebook_VC
+    scales = range(len(tokenizer.config.patch_nums))
+    sum_BChw, loss, rows, tokens = torch.zeros_like(z_BChw), z_BChw.new_zeros(()), [], []
+    for scale in scales:
+        row_BKC = quantizer.reduce((z_BChw - sum_BChw).detach(), scale)
+        token_BK = nearest(row_BKC, codebook_VC.detach())
+        sum_BChw = sum_BChw + quantizer.share(codebook_VC[token_BK], scale)
+        codebook_loss, commitment = F.mse_loss(sum_BChw, z_BChw.detach()), F.mse_loss(z_BChw, sum_BChw.detach())
+        loss = loss + (codebook_loss + 0.25 * commitment) / len(scales)
+        rows.append(row_BKC.flatten(0, 1))
+        tokens.append(token_BK.flatten())
+    return Quantised(z_BChw + (sum_BChw - z_BChw).detach(), loss, torch.cat(rows), torch.cat(tokens))
 
 
 @torch.no_grad()
-def revive(tokenizer: VQTokenizer, token_N: Tensor, z_BChw: Tensor, step: int) -> None:
+def revive(tokenizer: VQTokenizer | MultiScaleTokenizer, found: Quantised, step: int) -> None:
     """Move codes that this batch did not use onto features that it did produce."""
-    z_NC = z_BChw.permute(0, 2, 3, 1).flatten(0, 2)
-    unused_V = torch.bincount(token_N, minlength=tokenizer.config.codebook_size) == 0
-    order_N = torch.randperm(len(z_NC), generator=torch.Generator().manual_seed(step))
-    tokenizer.quantize.embedding.weight[unused_V] = z_NC[order_N[: int(unused_V.sum())]]
+    weight_VC = tokenizer.quantize.embedding.weight
+    unused_V = torch.bincount(found.token_N, minlength=len(weight_VC)) == 0
+    order_N = torch.randperm(len(found.row_NC), generator=torch.Generator().manual_seed(step))
+    weight_VC[unused_V] = found.row_NC[order_N[: int(unused_V.sum())]]
 
 
 def main(settings: Settings) -> None:
@@ -87,7 +123,7 @@ def main(settings: Settings) -> None:
     start("train_tokenizer", settings)
     torch.set_num_threads(2)
     torch.manual_seed(settings.seed)
-    tokenizer, critic = VQTokenizer(CONFIG), discriminator()
+    tokenizer, critic = new_tokenizer(settings.family), discriminator()
     perceptual = classifier_distance(load_classifier(settings.perceptual))
     optimizers = {
         "tokenizer_optimizer": torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4),
@@ -101,12 +137,16 @@ def main(settings: Settings) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
         x = flip(normalise(image[batch(step, settings.batch_size, len(image), settings.seed)]), step, settings.seed)
         z = tokenizer.features(x)
-        code, codebook_loss, token_N = quantise(tokenizer, z)
-        y = tokenizer.decode(code)
+        if isinstance(tokenizer, VQTokenizer):
+            found = quantise_grid(tokenizer, z)
+            y = tokenizer.decode(found.z_BChw)
+        else:
+            found = quantise_scales(tokenizer, z)
+            y = tokenizer.decode_features(found.z_BChw)
         pixels = F.l1_loss(y, x) + F.mse_loss(y, x)
         distance = perceptual(y, x)
         loss = pixels + settings.perceptual_weight * distance
-        losses = {"pixels": pixels.item(), "perceptual": distance.item(), "codebook": codebook_loss.item()}
+        losses = {"pixels": pixels.item(), "perceptual": distance.item(), "codebook": found.loss.item()}
         adversarial = step >= settings.num_steps // 2
         if adversarial:
             fooled = -critic(y).mean()
@@ -114,7 +154,7 @@ def main(settings: Settings) -> None:
             ratio = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, fooled)]
             loss = loss + settings.adversarial_weight * (ratio[0] / (ratio[1] + 1e-6)).clamp(max=1e3) * fooled
         optimizers["tokenizer_optimizer"].zero_grad()
-        (loss + codebook_loss).backward()
+        (loss + found.loss).backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizers["tokenizer_optimizer"].step()
         if adversarial:
@@ -124,8 +164,8 @@ def main(settings: Settings) -> None:
             optimizers["critic_optimizer"].step()
             losses["critic"] = hinge.item()
         if step % 50 == 0 and step < settings.num_steps // 2:
-            revive(tokenizer, token_N, z, step)
-        return losses | {"codes_in_batch": len(token_N.unique())}
+            revive(tokenizer, found, step)
+        return losses | {"codes_in_batch": len(found.token_N.unique())}
 
     seconds = run(
         "tokenizer",
@@ -135,7 +175,7 @@ def main(settings: Settings) -> None:
         optimizers,
         update,
     )
-    save_component(settings.out / "tokenizer", tokenizer.eval(), CONFIG, torch.float16)
+    save_component(settings.out / "tokenizer", tokenizer.eval(), tokenizer.config, torch.float16)
     save_json(settings.out / "measured.json", {"seconds": seconds})
 
 

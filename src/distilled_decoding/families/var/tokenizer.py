@@ -1,0 +1,259 @@
+"""VAR's image tokenizer: a VQGAN whose features are quantised scale by scale (arXiv 2404.02905, section 3.2).
+
+An image is a sequence of token maps, coarse to fine, with one codebook for all. Each scale quantises what the
+coarser ones left of the features, so the codes of all scales, brought to full size, sum to the features.
+Parameter names are those of the published files.
+
+Axis letters: B batch, L tokens of all scales, K tokens of one scale, S scales, C code channels, h w full token
+grid, H W image, V codebook entries.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.codebook import lookup, nearest
+from distilled_decoding.families.layers import Downsample, ResnetBlock, Upsample, group_norm
+
+_NUM_PHI = 4
+
+
+def scale_order(patch_nums: tuple[int, ...]) -> BlockOrder:
+    """One block for each scale, of as many tokens as its map has.
+
+    Raises:
+        ValueError: fewer than two scales, or sides that do not ascend.
+    """
+    if len(patch_nums) < 2 or any(later < earlier for earlier, later in pairwise(patch_nums)):
+        raise ValueError(f"patch_nums must be two or more ascending sides of token maps, got {patch_nums}")
+    return BlockOrder(tuple(side**2 for side in patch_nums))
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of the tokenizer.
+
+    Attributes:
+        image_channels: 1 grey, 3 colour.
+        ch: channels at the highest resolution.
+        ch_mult: multiples of `ch`, from the highest resolution to the lowest.
+        num_res_blocks: residual blocks at each resolution of the encoder; the decoder has one more.
+        z_channels: code channels C.
+        codebook_size: codebook entries V.
+        patch_nums: side of each scale's token map, the last one that of the full grid.
+    """
+
+    image_channels: int
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    z_channels: int
+    codebook_size: int
+    patch_nums: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        scale_order(self.patch_nums)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all positions of a feature map, with a skip connection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        q, k, v = self.qkv(self.norm(x_BCHW)).flatten(2).mT.unsqueeze(1).chunk(3, dim=-1)
+        h_BCHW = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape(x_BCHW.shape)
+        return x_BCHW + self.proj_out(h_BCHW)
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, h_BCHW: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h_BCHW)))
+
+
+class _Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention at the lowest resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attends: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_res_blocks
+        self.block = nn.ModuleList([ResnetBlock(i, o) for i, o in pairwise(widths)])
+        self.attn = nn.ModuleList([SpatialAttention(out_channels) for _ in range(num_res_blocks if attends else 0)])
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+
+    def forward(self, h_BCHW: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            h_BCHW = block(h_BCHW)
+            if len(self.attn):
+                h_BCHW = self.attn[i](h_BCHW)
+        return self.upsample(self.downsample(h_BCHW))
+
+
+class Encoder(nn.Module):
+    """Image to features, [B, 3, H, W] -> [B, C, h, w]."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.ch] + [config.ch * m for m in config.ch_mult]
+        last = len(config.ch_mult) - 1
+        self.conv_in = nn.Conv2d(config.image_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i in range(last + 1):
+            level = _Level(widths[i], widths[i + 1], config.num_res_blocks, attends=i == last)
+            if i < last:
+                level.downsample = Downsample(widths[i + 1])
+            self.down.append(level)
+        self.mid = _Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Apply the encoder."""
+        h_BCHW = self.conv_in(image_BCHW)
+        for level in self.down:
+            h_BCHW = level(h_BCHW)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
+
+
+class Decoder(nn.Module):
+    """Features to image, [B, C, h, w] -> [B, 3, H, W]; level 0 is the highest resolution and computed last."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        widths.append(widths[-1])
+        last = len(config.ch_mult) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = _Middle(widths[-1])
+        self.up = nn.ModuleList()
+        for i in range(last + 1):
+            level = _Level(widths[i + 1], widths[i], config.num_res_blocks + 1, attends=i == last)
+            if i > 0:
+                level.upsample = Upsample(widths[i])
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+
+    def forward(self, f_BChw: Tensor) -> Tensor:
+        """Apply the decoder."""
+        h_BCHW = self.mid(self.conv_in(f_BChw))
+        for level in reversed(self.up):
+            h_BCHW = level(h_BCHW)
+        return self.conv_out(F.silu(self.norm_out(h_BCHW)))
+
+
+class Phi(nn.Conv2d):
+    """Half the map itself, half its 3x3 convolution: mends what resampling blurred."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, h_BChw: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        return (h_BChw + super().forward(h_BChw)) / 2
+
+
+class SharedPhi(nn.Module):
+    """The four convolutions that all scales share."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(Phi(channels) for _ in range(_NUM_PHI))
+
+    def of_scale(self, scale: int, num_scales: int) -> nn.Module:
+        """The convolution whose tick, of four evenly spaced from 1/12 to 11/12, is nearest to the scale's place."""
+        ticks = torch.linspace(1 / 12, 11 / 12, _NUM_PHI, dtype=torch.float64)
+        return self.qresi_ls[int((ticks - scale / (num_scales - 1)).abs().argmin())]
+
+
+class ScaleQuantizer(nn.Module):
+    """The codebook, and how a scale's map of codes becomes its share of the features."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.patch_nums = config.patch_nums
+        self.embedding = nn.Embedding(config.codebook_size, config.z_channels)
+        self.quant_resi = SharedPhi(config.z_channels)
+
+    def share(self, code_BKC: Tensor, scale: int) -> Tensor:
+        """What one scale adds to the features: its codes brought to full size, through phi; [B, C, h, w]."""
+        side, full = self.patch_nums[scale], self.patch_nums[-1]
+        h_BChw = code_BKC.mT.unflatten(2, (side, side))
+        if scale < len(self.patch_nums) - 1:
+            h_BChw = F.interpolate(h_BChw, size=(full, full), mode="bicubic")
+        return self.quant_resi.of_scale(scale, len(self.patch_nums))(h_BChw)
+
+    def reduce(self, f_BChw: Tensor, scale: int) -> Tensor:
+        """Features averaged down to one scale's map, [B, K, C]."""
+        if scale < len(self.patch_nums) - 1:
+            f_BChw = F.interpolate(f_BChw, size=(self.patch_nums[scale],) * 2, mode="area")
+        return f_BChw.flatten(2).mT
+
+
+class MultiScaleTokenizer(nn.Module):
+    """Images to the tokens of all scales, and their codes to images."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = ScaleQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+
+    @property
+    def codebook_VC(self) -> Tensor:
+        """The codes, [V, C], the same for every scale."""
+        return self.quantize.embedding.weight
+
+    def features(self, image_BCHW: Tensor) -> Tensor:
+        """Continuous features before quantisation, [B, C, h, w]; image in [-1, 1]."""
+        return self.quant_conv(self.encoder(image_BCHW))
+
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        """Tokens of all scales, coarse to fine, int64 [B, L], of images in [-1, 1]."""
+        rest_BChw, tokens = self.features(image_BCHW), []
+        for scale in range(len(self.config.patch_nums)):
+            token_BK = nearest(self.quantize.reduce(rest_BChw, scale), self.codebook_VC)
+            rest_BChw = rest_BChw - self.quantize.share(lookup(token_BK, self.codebook_VC), scale)
+            tokens.append(token_BK)
+        return torch.cat(tokens, dim=1)
+
+    def partial_sums(self, code_BLC: Tensor) -> Iterator[Tensor]:
+        """The features after each scale that the codes cover, [B, C, h, w], coarse to fine."""
+        sides = self.config.patch_nums
+        f_BChw = code_BLC.new_zeros(len(code_BLC), code_BLC.shape[2], sides[-1], sides[-1])
+        first = 0
+        for scale, side in enumerate(sides):
+            if first == code_BLC.shape[1]:
+                return
+            f_BChw = f_BChw + self.quantize.share(code_BLC[:, first : first + side**2], scale)
+            first += side**2
+            yield f_BChw
+
+    def decode(self, code_BLC: Tensor) -> Tensor:
+        """Images, nominally in [-1, 1] but not clamped, of the codes of all scales [B, L, C]."""
+        *_, f_BChw = self.partial_sums(code_BLC)
+        return self.decode_features(f_BChw)
+
+    def decode_features(self, f_BChw: Tensor) -> Tensor:
+        """Images of summed features [B, C, h, w]."""
+        return self.decoder(self.post_quant_conv(f_BChw))
