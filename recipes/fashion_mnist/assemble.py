@@ -1,6 +1,6 @@
 """Put trained components together: python recipes/fashion_mnist/assemble.py --out DIR --classifier DIR ...
 
-Writes `fashion-features` (classifier and the statistics of the 10,000 test images) and `fashion-llamagen` as the
+Writes `fashion-features` (classifier and the statistics of the 10,000 test images) and `fashion-FAMILY` as the
 package ships them: the teacher from its tokenizer and transformer, or, with --student, the whole pipeline that
 `distill` wrote.
 """
@@ -8,18 +8,19 @@ package ships them: the teacher from its tokenizer and transformer, or, with --s
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from data import load
 from train_teacher import CLASSES
 
-from distilled_decoding.families.llamagen.checkpoint import load_teacher
+from distilled_decoding.families import family
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.metrics.features import load_classifier
 from distilled_decoding.metrics.reference import real_statistics
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
-from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.teacher import Ramp, TeacherSampling
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Settings:
     """Assemble the shipped models; what follows `student` describes a teacher without one."""
 
     out: Path
+    family: Literal["llamagen", "var"]
     classifier: Path | None = None
     tokenizer: Path | None = None
     transformer: Path | None = None
     student: Path | None = None
     guidance_scale: float = 2.0
+    guidance_ramp: Ramp = "constant"
     top_k: int = 0
     top_p: float = 1.0
     start_blocks: tuple[int, ...] = (0, 8, 20, 36)
@@ -51,21 +54,23 @@ def write_teacher(settings: Settings, folder: Path, tokenizer: Path, transformer
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     shutil.copytree(transformer, folder / "transformer", dirs_exist_ok=True)
     config = PipelineConfig(
-        family="llamagen",
+        family=settings.family,
         class_names=CLASSES,
-        sampling=TeacherSampling(settings.guidance_scale, top_k=settings.top_k, top_p=settings.top_p),
+        sampling=TeacherSampling(
+            settings.guidance_scale, settings.guidance_ramp, top_k=settings.top_k, top_p=settings.top_p
+        ),
         flow=FlowSettings(num_steps=20),
         start_blocks=settings.start_blocks,
         split_block=settings.split_block,
         micro_batch=250,
     )
-    Pipeline(load_teacher(folder), None, config).save_pretrained(folder, torch.float16)
+    Pipeline(family(settings.family).load_teacher(folder), None, config).save_pretrained(folder, torch.float16)
 
 
 def main(settings: Settings) -> None:
     """Write what was given."""
     torch.set_num_threads(2)
-    folder = settings.out / "fashion-llamagen"
+    folder = settings.out / f"fashion-{settings.family}"
     if settings.classifier:
         write_features(settings, settings.classifier)
     if settings.student:

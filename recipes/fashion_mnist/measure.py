@@ -1,4 +1,4 @@
-"""How good the tokenizer and the teacher are: python recipes/fashion_mnist/measure.py --tokenizer DIR [--model DIR].
+"""How good tokenizer and teacher are: python recipes/fashion_mnist/measure.py --family var --tokenizer DIR --model DIR.
 
 Prints Fréchet distances in the shipped classifier's features. Choices (guidance, top-k) are made against training
 images (`--reference train`); the test images are for the final numbers only.
@@ -13,26 +13,25 @@ from typing import Literal
 import torch
 import tyro
 from data import load, normalise
-from torch import Tensor
+from torch import Tensor, nn
 
 from distilled_decoding import zoo
-from distilled_decoding.checkpoint import load_component, load_config
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition
-from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
+from distilled_decoding.families import family
 from distilled_decoding.images import grid, to_uint8
 from distilled_decoding.metrics.frechet import frechet_distance
 from distilled_decoding.metrics.reference import measure, real_statistics
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.sampling import Plan
-from distilled_decoding.teacher import TeacherSampling
 
 
 @dataclass(frozen=True)
 class Settings:
     """Measure reconstructions and, with a model, teacher samples at some guidance scales."""
 
+    family: Literal["llamagen", "var"]
     tokenizer: Path
     model: Path | None = None
     reference: Literal["train", "test"] = "train"
@@ -44,11 +43,10 @@ class Settings:
 
 
 @torch.no_grad()
-def reconstructions(tokenizer: VQTokenizer, image_NCHW: Tensor) -> Iterator[Tensor]:
+def reconstructions(tokenizer: nn.Module, image_NCHW: Tensor) -> Iterator[Tensor]:
     """uint8 images through the tokenizer and back."""
     for part in image_NCHW.split(250):
-        code_BhwC = lookup(tokenizer.encode(normalise(part)), tokenizer.codebook_VC)
-        yield to_uint8(tokenizer.decode(code_BhwC.permute(0, 3, 1, 2)))
+        yield to_uint8(tokenizer.decode(lookup(tokenizer.encode(normalise(part)), tokenizer.codebook_VC)))
 
 
 def main(settings: Settings) -> None:
@@ -70,11 +68,10 @@ def main(settings: Settings) -> None:
     other, other_label = (test, test_label) if against_train else (train, train_label)
     num = settings.num
     report("real images of the other split", other[:num].split(250), other_label[:num])
-    tokenizer = VQTokenizer(load_config(TokenizerConfig, settings.tokenizer / "config.json"))
-    load_component(settings.tokenizer, tokenizer)
+    tokenizer = family(settings.family).load("tokenizer", settings.tokenizer).eval()
     # The last of the shuffled training images are not among those of the reference.
     source, source_label = (train[-num:], train_label[-num:]) if against_train else (test[:num], test_label[:num])
-    report("reconstructions", reconstructions(tokenizer.eval(), source), source_label)
+    report("reconstructions", reconstructions(tokenizer, source), source_label)
     if settings.picture is not None:
         pairs = torch.stack([source[:40], torch.cat(list(reconstructions(tokenizer, source[:40])))], 1).flatten(0, 1)
         grid(pairs, columns=10).save(settings.picture)
@@ -87,7 +84,7 @@ def main(settings: Settings) -> None:
     for scale in settings.guidance_scales:
         for top_k in settings.top_ks:
             for top_p in settings.top_ps:
-                sampling = TeacherSampling(scale, top_k=top_k, top_p=top_p)
+                sampling = replace(pipe.config.sampling, guidance_scale=scale, top_k=top_k, top_p=top_p)
                 config = replace(pipe.config, sampling=sampling)
                 images = Pipeline(pipe.teacher, None, config).images(Plan((), ancestral=True), condition, key_N)
                 name = f"teacher, guidance {scale}, top-k {top_k}, top-p {top_p}"

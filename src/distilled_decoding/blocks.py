@@ -57,6 +57,17 @@ class BlockOrder:
         """Return how many tokens lie before a block; `num_blocks` gives the length."""
         return sum(self.sizes[:block])
 
+    def blocks_in(self, num_tokens: int) -> int:
+        """Return how many blocks the first tokens make.
+
+        Raises:
+            ValueError: when they end inside a block, or there are more than the sequence has.
+        """
+        ends = [*self.starts, self.length]
+        if num_tokens not in ends:
+            raise ValueError(f"{num_tokens} tokens are not whole blocks; blocks end after {ends[1:]} tokens")
+        return ends.index(num_tokens)
+
     def span(self, block: int) -> slice:
         """Return the tokens of one block, as a slice of the sequence.
 

@@ -131,15 +131,21 @@ def load_config(kind: type[Config], path: Path) -> Config:
     """Read a dataclass from JSON, strictly.
 
     Raises:
-        ValueError: a field is missing or unknown.
+        ValueError: a field is missing, unknown or outside its range; says which, and in which file.
     """
     values = load_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no fields, but a {type(values).__name__}.")
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if set(values) != fields:
-        wrong = sorted(set(values) ^ fields)
-        raise ValueError(f"{path}: {', '.join(wrong)} missing or unknown for {kind.__name__}.")
+    wrong = {"lacks": fields - set(values), "has the unknown": set(values) - fields}
+    found = " and ".join(f"{verb} {', '.join(sorted(names))}" for verb, names in wrong.items() if names)
+    if found:
+        raise ValueError(f"{path} {found}: it is no {kind.__name__}.")
     hints = typing.get_type_hints(kind)
-    return kind(**{k: tuple(v) if typing.get_origin(hints[k]) is tuple else v for k, v in values.items()})
+    try:
+        return kind(**{k: tuple(v) if typing.get_origin(hints[k]) is tuple else v for k, v in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def save_training(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], step: int) -> None:

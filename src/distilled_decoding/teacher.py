@@ -248,7 +248,7 @@ def rollout(
     """
     order = teacher.order
     tokens = [] if prefix_BL is None else [prefix_BL]
-    first = 0 if prefix_BL is None else [*order.starts, order.length].index(prefix_BL.shape[1])
+    first = 0 if prefix_BL is None else order.blocks_in(prefix_BL.shape[1])
     last = order.num_blocks if end_block is None else end_block
     state = teacher.start(condition, sampling.guidance, prefix_BL)
     for block in range(first, last):

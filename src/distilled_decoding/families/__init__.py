@@ -1,18 +1,31 @@
-"""The families of teachers: each brings a tokenizer, a transformer, a student and a checkpoint reader."""
+"""The families of teachers: each brings a tokenizer, a transformer and a student, and says so in a `Family`."""
 
-from types import ModuleType
+from distilled_decoding.families.family import Component, Family
+from distilled_decoding.families.llamagen.checkpoint import FAMILY as LLAMAGEN
+from distilled_decoding.families.var.checkpoint import FAMILY as VAR
 
-from distilled_decoding.families.llamagen import checkpoint as llamagen
+__all__ = ["FAMILIES", "Component", "Family", "family", "register"]
 
-FAMILIES: dict[str, ModuleType] = {"llamagen": llamagen}
+FAMILIES: dict[str, Family] = {own.name: own for own in (LLAMAGEN, VAR)}
 
 
-def family(name: str) -> ModuleType:
-    """The checkpoint reader of a family: `load_teacher`, `load_student`, `save_teacher`, `save_student`, `new_student`.
+def family(name: str) -> Family:
+    """A family by its name.
 
     Raises:
         ValueError: the family is unknown.
     """
     if name not in FAMILIES:
-        raise ValueError(f"unknown family {name!r}; this version knows {', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"unknown family {name!r}; this version knows {known}, and `families.register` adds your own")
     return FAMILIES[name]
+
+
+def register(own: Family) -> None:
+    """Make a family of your own known to `Pipeline`; doing so again changes nothing.
+
+    Raises:
+        ValueError: another family has that name.
+    """
+    if FAMILIES.setdefault(own.name, own) != own:
+        raise ValueError(f"there is another family {own.name!r} already; give yours a name of its own")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
+from distilled_decoding.families.layers import CodeHead
 from distilled_decoding.families.llamagen.transformer import (
     Backbone,
     LlamaGenTeacher,
@@ -32,21 +33,6 @@ class StudentConfig(TransformerConfig):
     code_dim: int
 
 
-class CodeHead(nn.Module):
-    """Code vectors out of hidden states, modulated by the class."""
-
-    def __init__(self, config: StudentConfig) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(config.dim, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(config.dim, config.code_dim)
-        self.scale_shift_table = nn.Parameter(torch.zeros(2, config.dim))
-
-    def forward(self, hidden_BLD: Tensor, class_B1D: Tensor) -> Tensor:
-        """code_BLC; the class embedding enters both the shift (row 0) and the scale (row 1)."""
-        shift_B1D, scale_B1D = (self.scale_shift_table + class_B1D).split(1, dim=1)
-        return self.linear(self.norm_final(hidden_BLD) * (1 + scale_B1D) + shift_B1D)
-
-
 class LlamaGenStudent(Backbone):
     """A `Student` of one token a block."""
 
@@ -56,7 +42,7 @@ class LlamaGenStudent(Backbone):
         super().__init__(config, dropout=0.0)
         self.tok_embeddings = nn.Linear(config.code_dim, config.dim)
         self.n_d_embed = nn.Embedding(2, config.dim)
-        self.final_layer_conti = CodeHead(config)
+        self.final_layer_conti = CodeHead(config.dim, config.code_dim)
         self.reset_parameters()
 
     @classmethod

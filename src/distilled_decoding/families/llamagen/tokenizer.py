@@ -1,9 +1,10 @@
 """LlamaGen's image tokenizer: a VQGAN whose codes live on the unit sphere (arXiv 2406.06525, section 3.1).
 
-Parameter names are those of the published files. Axis letters: B batch, C code channels, h w token grid,
-H W image, V codebook entries.
+Parameter names are those of the published files. Axis letters: B batch, L tokens, C code channels, h w
+token grid, H W image, V codebook entries.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -159,10 +160,14 @@ class VQTokenizer(nn.Module):
         return F.normalize(self.quant_conv(self.encoder(image_BCHW)), dim=1)
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Token indices [B, h, w] of images in [-1, 1]."""
-        z_BhwC = self.features(image_BCHW).permute(0, 2, 3, 1)
-        return codebook.nearest(z_BhwC.flatten(1, 2), self.codebook_VC).view(z_BhwC.shape[:3])
+        """Tokens row by row, int64 [B, L], of images in [-1, 1]."""
+        return codebook.nearest(self.features(image_BCHW).flatten(2).mT, self.codebook_VC)
 
-    def decode(self, z_BChw: Tensor) -> Tensor:
-        """Images, nominally in [-1, 1] but not clamped, of continuous or quantised codes [B, C, h, w]."""
+    def decode(self, code_BLC: Tensor) -> Tensor:
+        """Images, nominally in [-1, 1] but not clamped, of continuous or quantised codes [B, L, C]."""
+        grid = math.isqrt(code_BLC.shape[1])
+        return self.decode_features(code_BLC.mT.unflatten(2, (grid, grid)))
+
+    def decode_features(self, z_BChw: Tensor) -> Tensor:
+        """Images of the codes as a map [B, C, h, w]."""
         return self.decoder(self.post_quant_conv(z_BChw))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
+from distilled_decoding.families.layers import KVCache
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
 from distilled_decoding.teacher import Guidance
 
@@ -95,22 +96,6 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pair) * rope)
     return turned.flatten(-2).to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of the positions already run, for every layer, allocated once for a whole sequence."""
-
-    def __init__(self, config: TransformerConfig, x_BLD: Tensor) -> None:
-        shape = (config.num_layers, len(x_BLD), config.num_heads, 1 + config.num_tokens, config.head_dim)
-        self.keys, self.values = x_BLD.new_empty(shape), x_BLD.new_empty(shape)
-        self.length = 0
-
-    def append(self, layer: int, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions of one layer behind `length` and return all of that layer so far."""
-        end = self.length + key_BHLE.shape[2]
-        self.keys[layer, :, :, self.length : end] = key_BHLE
-        self.values[layer, :, :, self.length : end] = value_BHLE
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -301,8 +286,9 @@ class LlamaGenTeacher(nn.Module):
         if guidance.is_active:
             condition, prefix_BL = condition.with_null(), prefix_BL.repeat(2, 1)
         x_BLD = self.transformer.embed(prefix_BL, condition)
-        cache = KVCache(self.transformer.config, x_BLD)
-        rope = rope_table(self.transformer.config, x_BLD.device)
+        config = self.transformer.config
+        cache = KVCache(config.num_layers, config.num_heads, 1 + config.num_tokens, x_BLD)
+        rope = rope_table(config, x_BLD.device)
         return self._advance(DecodingState(guidance, rope, cache), x_BLD)
 
     def next_logits(self, state: DecodingState) -> Tensor:
@@ -327,12 +313,11 @@ class LlamaGenTeacher(nn.Module):
 
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """See `Teacher.encode`."""
-        return self.tokenizer.encode(image_B3HW).flatten(1)
+        return self.tokenizer.encode(image_B3HW)
 
     def decode(self, code_BLC: Tensor) -> Tensor:
         """See `Teacher.decode`."""
-        grid = self.transformer.config.grid
-        return self.tokenizer.decode(code_BLC.transpose(1, 2).unflatten(2, (grid, grid)))
+        return self.tokenizer.decode(code_BLC)
 
     def _advance(self, state: DecodingState, x_BLD: Tensor) -> DecodingState:
         end = state.cache.length + x_BLD.shape[1]

@@ -8,7 +8,6 @@ Axis letters: B batch, L tokens of all scales, K tokens of one scale, S scales, 
 grid, H W image, V codebook entries.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,10 +26,10 @@ def scale_order(patch_nums: tuple[int, ...]) -> BlockOrder:
     """One block for each scale, of as many tokens as its map has.
 
     Raises:
-        ValueError: fewer than two scales, or sides that do not ascend.
+        ValueError: fewer than two scales, or sides that do not ascend from 1.
     """
-    if len(patch_nums) < 2 or any(later < earlier for earlier, later in pairwise(patch_nums)):
-        raise ValueError(f"patch_nums must be two or more ascending sides of token maps, got {patch_nums}")
+    if len(patch_nums) < 2 or patch_nums[0] != 1 or any(later < earlier for earlier, later in pairwise(patch_nums)):
+        raise ValueError(f"patch_nums must be two or more sides of token maps, ascending from 1, got {patch_nums}")
     return BlockOrder(tuple(side**2 for side in patch_nums))
 
 
@@ -237,22 +236,26 @@ class MultiScaleTokenizer(nn.Module):
             tokens.append(token_BK)
         return torch.cat(tokens, dim=1)
 
-    def partial_sums(self, code_BLC: Tensor) -> Iterator[Tensor]:
-        """The features after each scale that the codes cover, [B, C, h, w], coarse to fine."""
-        sides = self.config.patch_nums
-        f_BChw = code_BLC.new_zeros(len(code_BLC), code_BLC.shape[2], sides[-1], sides[-1])
-        first = 0
-        for scale, side in enumerate(sides):
-            if first == code_BLC.shape[1]:
-                return
-            f_BChw = f_BChw + self.quantize.share(code_BLC[:, first : first + side**2], scale)
-            first += side**2
-            yield f_BChw
+    def partial_sums(self, code_BLC: Tensor) -> list[Tensor]:
+        """The features before the first scale, which are zero, and after each scale given, [B, C, h, w] each."""
+        order, full = scale_order(self.config.patch_nums), self.config.patch_nums[-1]
+        sums = [code_BLC.new_zeros(len(code_BLC), code_BLC.shape[2], full, full)]
+        for scale in range(order.blocks_in(code_BLC.shape[1])):
+            sums.append(sums[-1] + self.quantize.share(code_BLC[:, order.span(scale)], scale))
+        return sums
+
+    def next_inputs(self, sums: list[Tensor]) -> Tensor:
+        """What the transformer reads at every scale but the first, out of `partial_sums`, [B, L', C].
+
+        Each scale reads the sum of the coarser ones, averaged down to its own size; there is nothing behind the last.
+        """
+        scales = range(1, min(len(sums), len(self.config.patch_nums)))
+        nothing_BLC = sums[0].flatten(2).mT[:, :0]
+        return torch.cat([nothing_BLC, *(self.quantize.reduce(sums[scale], scale) for scale in scales)], dim=1)
 
     def decode(self, code_BLC: Tensor) -> Tensor:
         """Images, nominally in [-1, 1] but not clamped, of the codes of all scales [B, L, C]."""
-        *_, f_BChw = self.partial_sums(code_BLC)
-        return self.decode_features(f_BChw)
+        return self.decode_features(self.partial_sums(code_BLC)[-1])
 
     def decode_features(self, f_BChw: Tensor) -> Tensor:
         """Images of summed features [B, C, h, w]."""

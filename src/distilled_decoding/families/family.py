@@ -1,0 +1,80 @@
+"""What a family of teachers brings, and how its models become folders: one sub-folder a component.
+
+A family of your own is one `Family`, made known with `families.register`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilled_decoding.checkpoint import load_component, load_config, save_component
+
+Component = tuple[type[Any], type[Any]]
+"""A part of a model with a folder of its own: its class, and the dataclass that this takes and keeps as `config`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of a family.
+
+    Attributes:
+        name: what `model_index.json` calls it.
+        components: what the teacher is made of; a name is the sub-folder, the teacher's attribute and its keyword.
+        teacher: makes a `Teacher` (a module) of the components, given by keyword.
+        student: a `Student` with a class method `from_teacher(teacher, seed)`; its config has `vocab_size` and
+            `code_dim`.
+    """
+
+    name: str
+    components: Mapping[str, Component]
+    teacher: Callable[..., Any]
+    student: Component
+
+    def class_names(self, student: bool) -> dict[str, str]:
+        """The class of every component by its name, with the student's or without."""
+        parts = {**self.components, "student": self.student} if student else self.components
+        return {name: kind.__name__ for name, (kind, _) in parts.items()}
+
+    def load_teacher(self, folder: Path) -> Any:
+        """Read the teacher's components, strictly.
+
+        Raises:
+            ValueError: a file is missing, damaged, or does not fit its config, or the components do not fit together.
+        """
+        return self.teacher(**{name: self.load(name, folder / name) for name in self.components})
+
+    def load_student(self, folder: Path) -> Any:
+        """Read `student/`, strictly.
+
+        Raises:
+            ValueError: a file is missing, damaged, or does not fit its config.
+        """
+        return self.load("student", folder / "student")
+
+    def load(self, name: str, folder: Path) -> Any:
+        """Read one component, or the student, from its own folder, strictly.
+
+        Raises:
+            ValueError: a file is missing, damaged, or does not fit its config.
+        """
+        kind, config = self.student if name == "student" else self.components[name]
+        module = kind(load_config(config, folder / "config.json"))
+        load_component(folder, module)
+        return module
+
+    def save_teacher(self, folder: Path, teacher: Any, dtype: torch.dtype) -> None:
+        """Write the teacher's components."""
+        for name in self.components:
+            part = getattr(teacher, name)
+            save_component(folder / name, part, part.config, dtype)
+
+    def save_student(self, folder: Path, student: Any, dtype: torch.dtype) -> None:
+        """Write `student/`."""
+        save_component(folder / "student", student, student.config, dtype)
+
+    def new_student(self, teacher: Any, seed: int) -> Any:
+        """A student that begins where the teacher stands."""
+        return self.student[0].from_teacher(teacher, seed)

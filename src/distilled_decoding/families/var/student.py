@@ -1,0 +1,95 @@
+"""The distilled student on VAR: the teacher's layers, reading codes or noise, with two heads.
+
+One level more than the teacher has: the class position, in front. A token's position reads the code or the noise of
+that very token, the output there predicts it, and it attends to the levels before its own and to itself. Whether it
+is known or noise is told to every layer. Parameter names are those of the published files.
+
+Axis letters: B batch, L positions or tokens, V codebook entries, C code channels, D width.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.condition import Condition
+from distilled_decoding.families.layers import CodeHead
+from distilled_decoding.families.var.tokenizer import scale_order
+from distilled_decoding.families.var.transformer import Backbone, TransformerConfig, VARTeacher
+from distilled_decoding.student import StudentOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(TransformerConfig):
+    """Sizes of the student, which are the teacher's."""
+
+
+class VARStudent(Backbone):
+    """A `Student` of one scale a block."""
+
+    config: StudentConfig
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__(config, BlockOrder((1, *scale_order(config.patch_nums).sizes)))
+        self.n_d_embed = nn.Embedding(2, config.dim)
+        self.layerwise_n_d_embed = nn.ModuleList(
+            nn.Linear(config.dim, config.dim) for _ in range(config.num_layers + 1)
+        )
+        self.final_layer_conti = CodeHead(config.dim, config.code_dim)
+        self.reset_parameters()
+
+    @classmethod
+    def from_teacher(cls, teacher: VARTeacher, seed: int = 0) -> "VARStudent":
+        """A student that begins where the teacher stands.
+
+        All that the teacher has is the teacher's. The class position takes the place and level of the teacher's
+        first scale; those of the student's own first scale are new and small, as are the noise/data embeddings. The
+        code head predicts zeros.
+
+        Args:
+            teacher: left as it is; nothing is shared with it.
+            seed: of the parts that are new.
+        """
+        config = StudentConfig(**asdict(teacher.transformer.config))
+        student = cls(config)
+        generator = torch.Generator().manual_seed(seed)
+        weights = {name: value.cpu() for name, value in teacher.transformer.state_dict().items()}
+        weights["pos_1LC"] = _with_new_row(weights["pos_1LC"], 1, generator)
+        weights["lvl_embed.weight"] = _with_new_row(weights["lvl_embed.weight"], 0, generator)
+        student.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            for layer in (student.n_d_embed, *student.layerwise_n_d_embed):
+                layer.weight.normal_(std=0.02, generator=generator)
+            student.final_layer_conti.linear.weight.zero_()
+        return student.to(teacher.codebook.device)
+
+    @cached_property
+    def order(self) -> BlockOrder:
+        """One scale a block, the teacher's."""
+        return scale_order(self.config.patch_nums)
+
+    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
+        """See `Student.__call__`."""
+        class_BD = self.class_emb(condition.label_B)
+        known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True).long()
+        x_BLD = torch.cat([self.start(class_BD), self.embed(code_BLC, slice(1, None))], dim=1)
+        # There are two embeddings, so each layer's projection is of two rows rather than of every position.
+        told = [F.embedding(known_BL, project(self.n_d_embed.weight)) for project in self.layerwise_n_d_embed]
+        hidden_BLD = self.run_layers(
+            x_BLD + self.n_d_embed(known_BL),
+            self.modulations(class_BD),
+            self.levels.attends_LL(own_block=False, device=x_BLD.device),
+            between=told[:-1],
+        )
+        hidden_BLD = (hidden_BLD + told[-1])[:, 1:]
+        code_BLC = self.final_layer_conti(hidden_BLD, class_BD[:, None]).float()
+        return StudentOutput(self.logits(hidden_BLD, class_BD), code_BLC)
+
+
+def _with_new_row(table: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """The table with a small random row behind its first."""
+    first, rest = table.split([1, table.shape[dim] - 1], dim)
+    return torch.cat([first, 0.02 * torch.randn(first.shape, generator=generator), rest], dim)

@@ -1,0 +1,390 @@
+"""VAR's class-conditional transformer and the teacher made of it and its tokenizer (arXiv 2404.02905, section 3).
+
+A step predicts all tokens of one scale at once from the sum of the coarser scales; a position attends to its own
+scale and those before it. The class enters as the first scale's input and, in every layer, through the scales and
+shifts of adaptive layer norm. Parameter names are those of the published files.
+
+Axis letters: B batch, L positions or tokens, K tokens of one scale, S scales, V codebook entries, C code channels,
+D width, H heads, E head channels, h w full token grid.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.codebook import lookup
+from distilled_decoding.condition import Condition
+from distilled_decoding.families.layers import KVCache
+from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, scale_order
+from distilled_decoding.teacher import Guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes of the transformer.
+
+    Attributes:
+        dim: width D.
+        num_layers: number of blocks of attention and feed-forward.
+        num_heads: attention heads H.
+        vocab_size: codebook entries V.
+        code_dim: code channels C.
+        patch_nums: side of each scale's token map.
+        num_classes: classes; the embedding has one row more, for the null class.
+        mlp_ratio: width inside the feed-forward, in units of `dim`.
+        norm_eps: added to the variance in the norms.
+        attn_l2_norm: whether queries and keys have length 1, with a learned temperature for each head.
+        shared_aln: whether all layers share the projection of the class into scales and shifts.
+
+    Raises:
+        ValueError: the width does not divide into heads, or the scales do not ascend.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int
+    code_dim: int
+    patch_nums: tuple[int, ...]
+    num_classes: int
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    attn_l2_norm: bool = True
+    shared_aln: bool = False
+
+    def __post_init__(self) -> None:
+        scale_order(self.patch_nums)
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads = {self.num_heads}, got {self.dim}")
+
+
+class Attention(nn.Module):
+    """Self-attention; queries and values have biases, keys have none."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attn_l2_norm = config.attn_l2_norm
+        self.mat_qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.dim))
+        self.v_bias = nn.Parameter(torch.zeros(config.dim))
+        self.proj = nn.Linear(config.dim, config.dim)
+        # Without unit queries and keys, the published scale is a quarter of the usual.
+        self.scale = 1.0 if config.attn_l2_norm else 0.25 / math.sqrt(config.dim // config.num_heads)
+        if config.attn_l2_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.num_heads, 1, 1), math.log(4)))
+
+    def forward(self, x_BLD: Tensor, mask_LL: Tensor | None, layer: int, cache: KVCache | None) -> Tensor:
+        """Attend to the cached positions and, as far as the mask allows, to the new ones."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x_BLD, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if self.attn_l2_norm:
+            query = F.normalize(query, dim=-1) * self.scale_mul_1H11.clamp(max=math.log(100)).exp()
+            key = F.normalize(key, dim=-1)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        out_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LL, scale=self.scale)
+        return self.proj(out_BHLE.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        hidden_dim = round(config.dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, config.dim)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Position by position."""
+        return self.fc2(F.gelu(self.fc1(x_BLD), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """Attention, then feed-forward, each scaled, shifted and gated by the class."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps, elementwise_affine=False)
+        self.attn = Attention(config)
+        self.ffn = FeedForward(config)
+        if config.shared_aln:
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.dim))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+
+    def modulation(self, class_BD: Tensor, shared_B16D: Tensor | None) -> Tensor:
+        """Gates, scales and shifts of attention and feed-forward, [B, 1, 6, D]."""
+        if shared_B16D is not None:
+            return self.ada_gss + shared_B16D
+        return self.ada_lin(class_BD).unflatten(-1, (1, 6, -1))
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        modulation_B16D: Tensor,
+        mask_LL: Tensor | None,
+        layer: int,
+        cache: KVCache | None,
+        between_BLD: Tensor | None,
+    ) -> Tensor:
+        """`layer` is this layer's place in the cache; `between_BLD` is added behind the attention."""
+        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_B16D.unbind(2)
+        x_BLD = x_BLD + gate_1 * self.attn(self.norm(x_BLD) * (1 + scale_1) + shift_1, mask_LL, layer, cache)
+        if between_BLD is not None:
+            x_BLD = x_BLD + between_BLD
+        return x_BLD + gate_2 * self.ffn(self.norm(x_BLD) * (1 + scale_2) + shift_2)
+
+
+class HeadNorm(nn.Module):
+    """The norm in front of the logits head, scaled and shifted by the class."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps, elementwise_affine=False)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
+
+    def forward(self, hidden_BLD: Tensor, class_BD: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        scale_B1D, shift_B1D = self.ada_lin(class_BD).unsqueeze(1).chunk(2, dim=-1)
+        return self.norm(hidden_BLD) * (1 + scale_B1D) + shift_B1D
+
+
+class Backbone(nn.Module):
+    """What teacher and student share; they differ in their levels and in what they read at a position.
+
+    Args:
+        config: sizes.
+        levels: the positions of each level; the first is one position, which reads the class.
+    """
+
+    def __init__(self, config: TransformerConfig, levels: BlockOrder) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = levels
+        self.class_emb = nn.Embedding(config.num_classes + 1, config.dim)
+        self.word_embed = nn.Linear(config.code_dim, config.dim)
+        self.pos_start = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.pos_1LC = nn.Parameter(torch.empty(1, levels.length, config.dim))
+        self.lvl_embed = nn.Embedding(levels.num_blocks, config.dim)
+        if config.shared_aln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.head_nm = HeadNorm(config)
+        self.head = nn.Linear(config.dim, config.vocab_size)
+
+    def start(self, class_BD: Tensor) -> Tensor:
+        """The first position, [B, 1, D]."""
+        return class_BD[:, None] + self.pos_start + self.place(slice(0, 1))
+
+    def embed(self, input_BLC: Tensor, span: slice) -> Tensor:
+        """The later positions `span`, [B, L, D], which read `input_BLC`."""
+        return self.word_embed(input_BLC) + self.place(span)
+
+    def place(self, span: slice) -> Tensor:
+        """Position and level embedding, [1, L, D]."""
+        return self.pos_1LC[:, span] + self.lvl_embed(self.levels.block_L(self.pos_1LC.device)[span])
+
+    def modulations(self, class_BD: Tensor) -> list[Tensor]:
+        """What the class does to each layer, [B, 1, 6, D] each."""
+        shared = self.shared_ada_lin(class_BD).unflatten(-1, (1, 6, -1)) if self.config.shared_aln else None
+        return [layer.modulation(class_BD, shared) for layer in self.blocks]
+
+    def run_layers(
+        self,
+        x_BLD: Tensor,
+        modulations: Sequence[Tensor],
+        mask_LL: Tensor | None,
+        cache: KVCache | None = None,
+        between: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states of consecutive positions; `cache` grows by them."""
+        for index, layer in enumerate(self.blocks):
+            between_BLD = None if between is None else between[index]
+            x_BLD = layer(x_BLD, modulations[index], mask_LL, index, cache, between_BLD)
+        if cache is not None:
+            cache.length += x_BLD.shape[1]
+        return x_BLD
+
+    def logits(self, hidden_BLD: Tensor, class_BD: Tensor) -> Tensor:
+        """The logits head on hidden states, float32 [B, L, V]."""
+        return self.head(self.head_nm(hidden_BLD, class_BD)).float()
+
+    def reset_parameters(self) -> None:
+        """Draw a fresh start from torch's global generator.
+
+        Deviation 0.02, less where many residuals add up; every gate is open and all logits are zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for position in (self.pos_start, self.pos_1LC):
+            nn.init.normal_(position, std=0.02)
+        with torch.no_grad():
+            for layer in self.blocks:
+                for last in (layer.attn.proj, layer.ffn.fc2):
+                    last.weight /= math.sqrt(2 * self.config.num_layers)
+                shared = self.config.shared_aln
+                gates = layer.ada_gss[:, :, :2] if shared else layer.ada_lin[1].bias[: 2 * self.config.dim]
+                nn.init.ones_(gates)
+        nn.init.zeros_(self.head.weight)
+
+
+class Transformer(Backbone):
+    """VAR's transformer: a level is a scale, and a position reads what the coarser scales sum to there."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, scale_order(config.patch_nums))
+        self.reset_parameters()
+
+    def forward(self, input_BLC: Tensor, condition: Condition) -> Tensor:
+        """Logits of every token given the scales before its own, float32 [B, L, V].
+
+        Args:
+            input_BLC: what each scale but the first reads (see `MultiScaleTokenizer.next_inputs`); those of the last
+                scales may be left out, and so are their logits then.
+            condition: one entry per sequence.
+        """
+        class_BD = self.class_emb(condition.label_B)
+        length = 1 + input_BLC.shape[1]
+        x_BLD = torch.cat([self.start(class_BD), self.embed(input_BLC, slice(1, length))], dim=1)
+        mask_LL = self.levels.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
+        return self.logits(self.run_layers(x_BLD, self.modulations(class_BD), mask_LL), class_BD)
+
+
+@dataclass
+class DecodingState:
+    """A generation between two scales; feeding it changes it.
+
+    Attributes:
+        guidance: applied to the logits; if active, the batch of the transformer is 2B, conditional first.
+        class_BD: the class embedding.
+        modulations: what the class does to each layer.
+        cache: keys and values of all positions run.
+        sum_BChw: the features that the scales so far sum to, of B images.
+        block: the scale that `logits` predicts.
+        logits: of that scale, [B, K, V], before guidance.
+    """
+
+    guidance: Guidance
+    class_BD: Tensor
+    modulations: list[Tensor]
+    cache: KVCache
+    sum_BChw: Tensor
+    block: int
+    logits: Tensor = field(init=False)
+
+
+class VARTeacher(nn.Module):
+    """A VAR transformer and its tokenizer as a `Teacher` of one scale a block.
+
+    Attributes:
+        masked_prefix: whether a prefix is read as in generation, where no scale sees a finer one. The published
+            results with the teacher in the middle read it without a mask; False does as they did.
+
+    Raises:
+        ValueError: transformer and tokenizer disagree on codes or scales.
+    """
+
+    def __init__(self, tokenizer: MultiScaleTokenizer, transformer: Transformer, masked_prefix: bool = True) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.masked_prefix = masked_prefix
+        config = transformer.config
+        if tuple(self.codebook.shape) != (config.vocab_size, config.code_dim):
+            raise ValueError(
+                f"the tokenizer has {tuple(self.codebook.shape)} codes and channels but the transformer expects "
+                f"{(config.vocab_size, config.code_dim)}"
+            )
+        if tokenizer.config.patch_nums != config.patch_nums:
+            raise ValueError(
+                f"the tokenizer has scales {tokenizer.config.patch_nums} but the transformer {config.patch_nums}"
+            )
+
+    @cached_property
+    def order(self) -> BlockOrder:
+        """One scale a block, coarse to fine, each row by row."""
+        return self.transformer.levels
+
+    @property
+    def codebook(self) -> Tensor:
+        """The tokenizer's codes, [V, C]."""
+        return self.tokenizer.codebook_VC.detach()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; the null class is not counted."""
+        return self.transformer.config.num_classes
+
+    @torch.no_grad()
+    def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
+        """See `Teacher.start`: runs the scales of the prefix and the one behind it in one pass."""
+        if prefix_BL is None:
+            prefix_BL = condition.label_B.new_empty(len(condition), 0)
+        block = self.order.blocks_in(prefix_BL.shape[1])
+        if block == self.order.num_blocks:
+            raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
+        config = self.transformer.config
+        sums = self.tokenizer.partial_sums(lookup(prefix_BL, self.codebook))
+        input_BLC = self.tokenizer.next_inputs(sums)
+        if guidance.is_active:
+            condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
+        class_BD = self.transformer.class_emb(condition.label_B)
+        length = self.order.tokens_before(block + 1)
+        x_BLD = self.transformer.embed(input_BLC, slice(1, length))
+        x_BLD = torch.cat([self.transformer.start(class_BD), x_BLD], dim=1)
+        mask_LL = None
+        if block > 0 and self.masked_prefix:
+            mask_LL = self.order.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
+        cache = KVCache(config.num_layers, config.num_heads, self.order.length, x_BLD)
+        state = DecodingState(guidance, class_BD, self.transformer.modulations(class_BD), cache, sums[-1], block)
+        return self._advance(state, x_BLD, mask_LL)
+
+    def next_logits(self, state: DecodingState) -> Tensor:
+        """See `Teacher.next_logits`."""
+        return state.guidance.apply(state.logits, state.guidance.at(state.block, self.order.num_blocks))
+
+    @torch.no_grad()
+    def feed(self, state: DecodingState, token_BK: Tensor) -> DecodingState:
+        """See `Teacher.feed`; the state given is itself carried on."""
+        quantizer = self.tokenizer.quantize
+        state.sum_BChw = state.sum_BChw + quantizer.share(lookup(token_BK, self.codebook), state.block)
+        state.block += 1
+        input_BKC = quantizer.reduce(state.sum_BChw, state.block)
+        if state.guidance.is_active:
+            input_BKC = input_BKC.repeat(2, 1, 1)
+        return self._advance(state, self.transformer.embed(input_BKC, self.order.span(state.block)), None)
+
+    def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
+        """See `Teacher.forced_logits`."""
+        sums = self.tokenizer.partial_sums(lookup(token_BL, self.codebook))
+        input_BLC = self.tokenizer.next_inputs(sums)
+        if guidance.is_active:
+            condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
+        scale_L = guidance.at_tokens(self.order, token_BL.device)
+        return guidance.apply(self.transformer(input_BLC, condition), scale_L[:, None])
+
+    def encode(self, image_B3HW: Tensor) -> Tensor:
+        """See `Teacher.encode`."""
+        return self.tokenizer.encode(image_B3HW)
+
+    def decode(self, code_BLC: Tensor) -> Tensor:
+        """See `Teacher.decode`."""
+        return self.tokenizer.decode(code_BLC)
+
+    def _advance(self, state: DecodingState, x_BLD: Tensor, mask_LL: Tensor | None) -> DecodingState:
+        hidden_BLD = self.transformer.run_layers(x_BLD, state.modulations, mask_LL, state.cache)
+        hidden_BKD = hidden_BLD[:, -self.order.sizes[state.block] :]
+        state.logits = self.transformer.logits(hidden_BKD, state.class_BD)
+        return state
