@@ -1,11 +1,15 @@
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distilled_decoding.checkpoint import save_component
 from distilled_decoding.condition import Condition
+from distilled_decoding.families.llamagen.student import LlamaGenStudent
 from distilled_decoding.images import grid, to_uint8
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, problems
@@ -134,6 +138,92 @@ def test_an_index_with_a_wrong_field_is_refused(tmp_path: Path) -> None:
         Pipeline.from_pretrained(tmp_path)
     path.write_text(json.dumps(index | {"family": "dalle"}))
     with pytest.raises(ValueError, match="unknown family 'dalle'"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def written(folder: Path, **fields: object) -> Path:
+    """A folder of the toy model whose index has other fields; None takes one out."""
+    PIPE.save_pretrained(folder)
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({key: value for key, value in index.items() if value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"tokenizer": ["distilled_decoding", "FooTokenizer"]},
+            r"names \['distilled_decoding', 'FooTokenizer'\] as tokenizer, where a llamagen model has a VQTokenizer",
+        ),
+        ({"transformer": ["distilled_decoding", "VQTokenizer"]}, "as transformer, where .* has a Transformer$"),
+        ({"transformer": ["diffusers", "Transformer"]}, "'diffusers'.* as transformer"),
+        ({"transformer": None}, "model_index.json names nothing as transformer"),
+        (
+            {"student": ["distilled_decoding", "VARStudent"]},
+            "as student, where a llamagen model has a LlamaGenStudent$",
+        ),
+        ({"family": "var"}, r"'VQTokenizer'\] as tokenizer, where a var model has a MultiScaleTokenizer$"),
+    ],
+)
+def test_an_index_that_names_other_classes_is_refused(fields: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(written(tmp_path, **fields))
+
+
+def test_a_component_in_the_place_of_another_is_named(tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer" / "config.json").write_bytes((tmp_path / "transformer" / "config.json").read_bytes())
+    with pytest.raises(
+        ValueError, match="tokenizer/config.json lacks ch, .* and has the unknown dim, .*TokenizerConfig"
+    ):
+        Pipeline.from_pretrained(tmp_path)
+    PIPE.save_pretrained(tmp_path)
+    weights = tmp_path / "tokenizer" / "model.safetensors"
+    weights.write_bytes((tmp_path / "transformer" / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="lacks 'encoder.conv_in.weight': it does not hold a VQTokenizer"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dim": 33}, "student/config.json: dim must be a multiple"),
+        ({"num_tokens": "16"}, "student/config.json: "),
+        ({"vocab_size": 12}, r"student/model.safetensors: .* shape \(16, 32\), but the config asks for \(12, 32\)"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(fields: dict, message: str, tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    path = tmp_path / "student" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/config.json", "transformer/model.safetensors", "transformer", "student"])
+def test_what_is_missing_is_named(name: str, tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    path = tmp_path / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=f"{name}.* is missing; is the folder complete"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_tokens": 9}, r"student has 9 blocks \(9 tokens\), its teacher 16 \(16\); take a student that was"),
+        ({"vocab_size": 12}, "student has 12 codes of 4 channels, its teacher 16 of 4; take a student that was"),
+        ({"code_dim": 5}, "student has 16 codes of 5 channels, its teacher 16 of 4"),
+    ],
+)
+def test_a_student_of_another_teacher_is_refused(sizes: dict, message: str, tmp_path: Path) -> None:
+    PIPE.save_pretrained(tmp_path)
+    other = LlamaGenStudent(replace(PIPE.student.config, **sizes))
+    save_component(tmp_path / "student", other, other.config, torch.float32)
+    with pytest.raises(ValueError, match=message):
         Pipeline.from_pretrained(tmp_path)
 
 

@@ -7,77 +7,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distilled_decoding.checkpoint import fingerprint, load_json, save_json, sha256
+from distilled_decoding.card import model_card
+from distilled_decoding.checkpoint import fingerprint, load_json, save_json, save_text, sha256
 from distilled_decoding.condition import Condition
 from distilled_decoding.families import family
-from distilled_decoding.flow import FlowSettings
+from distilled_decoding.hub import create_repository, upload
 from distilled_decoding.images import to_pil, to_uint8
+from distilled_decoding.index import INDEX, LIBRARY, PipelineConfig, match_components, match_student, match_teacher
 from distilled_decoding.noise import image_keys
 from distilled_decoding.sampling import Callback, Plan, check_plan, sample, spread_schedule
-from distilled_decoding.teacher import TeacherSampling
 from distilled_decoding.zoo import resolve
 
 Steps = int | Literal["teacher", "teacher-ancestral"]
-
-_INDEX = "model_index.json"
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """What `model_index.json` says besides the components.
-
-    Attributes:
-        family: which family's classes the components are.
-        class_names: names of the classes, in label order.
-        sampling: the teacher's distribution.
-        flow: the solver that made the student's trajectories.
-        start_blocks: where the student can start, or should learn to.
-        split_block: blocks before it come from the student's logits, the rest from its code head.
-        micro_batch: images generated at once.
-
-    Raises:
-        ValueError: a micro-batch that is not positive, or starting blocks that do not ascend from 0.
-    """
-
-    family: str
-    class_names: tuple[str, ...]
-    sampling: TeacherSampling
-    flow: FlowSettings
-    start_blocks: tuple[int, ...]
-    split_block: int
-    micro_batch: int
-
-    def __post_init__(self) -> None:
-        if self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
-        if self.start_blocks[:1] != (0,) or list(self.start_blocks) != sorted(set(self.start_blocks)):
-            raise ValueError(f"start_blocks must ascend from 0, got {self.start_blocks}")
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], source: Path) -> "PipelineConfig":
-        """Read the fields out of `model_index.json`, where hub tools keep their own beside them.
-
-        Raises:
-            ValueError: a field is missing or outside its range.
-        """
-        try:
-            return cls(
-                family=values["family"],
-                class_names=tuple(values["class_names"]),
-                sampling=TeacherSampling(**values["sampling"]),
-                flow=FlowSettings(**values["flow"]),
-                start_blocks=tuple(values["start_blocks"]),
-                split_block=values["split_block"],
-                micro_batch=values["micro_batch"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{source} lacks or misnames a field: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -106,43 +54,68 @@ class Pipeline:
         """Load a shipped name, a folder or a hub id.
 
         Raises:
-            ValueError: there is no such model, or it is incomplete or damaged.
+            ValueError: there is no such model, or it is incomplete or damaged, or its parts do not fit together.
         """
         folder = resolve(model)
-        index = load_json(folder / _INDEX)
-        config = PipelineConfig.from_json(index, folder / _INDEX)
+        index = load_json(folder / INDEX)
+        config = PipelineConfig.from_json(index, folder / INDEX)
         reader = family(config.family)
+        match_components(index, reader, folder / INDEX)
         teacher = reader.load_teacher(folder).to(device).eval().requires_grad_(False)
-        teacher.order.check_schedule(config.start_blocks, config.start_blocks)
-        if not 0 <= config.split_block <= teacher.order.num_blocks:
-            raise ValueError(f"{folder / _INDEX}: split_block {config.split_block} leaves the sequence")
-        if len(config.class_names) != teacher.num_classes:
-            raise ValueError(f"{folder / _INDEX} names {len(config.class_names)} of {teacher.num_classes} classes")
+        match_teacher(config, teacher, folder / INDEX)
         student = None
         if "student" in index:
             student = reader.load_student(folder).to(device).eval().requires_grad_(False)
+            match_student(student, teacher, folder / "student")
         return cls(teacher, student, config)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a folder that `from_pretrained` reads.
 
-        The index goes last, so half a folder is never taken for a whole one.
+        The index goes last, so half a folder is never taken for a whole one. A `README.md` that lies there stays;
+        where there is none, a model card is written.
 
         Args:
             folder: made when it is not there.
             dtype: of the stored weights; float16 halves the files but may round the teacher to another one.
         """
         folder, reader = Path(folder), family(self.config.family)
-        components = dict(reader.COMPONENTS)
+        components = reader.class_names(student=self.student is not None)
         reader.save_teacher(folder, self.teacher, dtype)
         if self.student is not None:
             reader.save_student(folder, self.student, dtype)
-            components["student"] = type(self.student).__name__
+        if not (folder / "README.md").exists():
+            save_text(folder / "README.md", model_card(self, folder.resolve().name))
         index: dict[str, Any] = {"_class_name": "Pipeline", **asdict(self.config)}
-        index |= {name: ["distilled_decoding", kind] for name, kind in components.items()}
+        index |= {name: [LIBRARY, kind] for name, kind in components.items()}
         files = [f"{name}/model.safetensors" for name in components]
         index["sha256"] = {name: sha256(folder / name) for name in files}
-        save_json(folder / _INDEX, index)
+        save_json(folder / INDEX, index)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool = False, token: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> str:
+        """Upload to the Hugging Face hub, with a model card where the repository has none.
+
+        Args:
+            repo_id: `owner/name`; made when it is not there.
+            private: whether a new repository is for its owner alone.
+            token: with the right to write; None takes that of `hf auth login`.
+            dtype: see `save_pretrained`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: the id is no `owner/name`, or the hub refuses or does not answer.
+        """
+        address = create_repository(repo_id, private, token)
+        with TemporaryDirectory() as temporary:
+            # The card goes first: `save_pretrained` would name it after this folder.
+            save_text(Path(temporary, "README.md"), model_card(self, repo_id))
+            self.save_pretrained(temporary, dtype)
+            upload(Path(temporary), repo_id, token)
+        return address
 
     def with_student(self, student: nn.Module, start_blocks: tuple[int, ...], split_block: int) -> "Pipeline":
         """The same teacher with another student."""
@@ -274,9 +247,9 @@ class Pipeline:
 
 def problems(folder: Path) -> list[str]:
     """What is wrong with a pipeline folder's weights, a sentence each; empty when every hash agrees."""
-    hashes = load_json(folder / _INDEX).get("sha256")
+    hashes = load_json(folder / INDEX).get("sha256")
     if not hashes:
-        return [f"{folder / _INDEX} lists no hashes, so nothing can be checked"]
+        return [f"{folder / INDEX} lists no hashes, so nothing can be checked"]
     found = []
     for name, expected in hashes.items():
         path = folder / name

@@ -208,7 +208,7 @@ def log_probabilities(logits_BLV: Tensor, sampling: TeacherSampling) -> Tensor:
     if sampling.top_p < 1:
         sorted_BLV, index_BLV = logits_BLV.sort(descending=True, stable=True)
         p_BLV = sorted_BLV.softmax(-1)
-        # A code stays while the better ones have not yet reached top-p; the best one always stays.
+        # A code stays while the better ones do not exceed top-p; the best one always stays.
         dropped_BLV = p_BLV.cumsum(-1) - p_BLV > sampling.top_p
         logits_BLV = logits_BLV.masked_fill(dropped_BLV.scatter(-1, index_BLV, dropped_BLV), -math.inf)
     return logits_BLV.log_softmax(-1)

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+from distilled_decoding.hub import download
 from distilled_decoding.metrics.features import Classifier, load_classifier
 from distilled_decoding.metrics.frechet import Statistics
 
@@ -36,15 +34,14 @@ def resolve(model: str | Path) -> Path:
     if name in shipped():
         return shipped()[name]
     folder = Path(model)
-    if (folder / "model_index.json").is_file():
-        return folder
     ways = f"shipped models: {', '.join(shipped())}; or give a pipeline folder, or a hub id owner/name"
-    if folder.exists():
+    if not folder.exists():
+        if name.count("/") != 1 or name.startswith((".", "/")):
+            raise ValueError(f"unknown model {name!r} ({ways})")
+        try:
+            folder = download(name)
+        except ValueError as error:
+            raise ValueError(f"unknown model {name!r}: no such folder, and {error} ({ways})") from error
+    if not (folder / "model_index.json").is_file():
         raise ValueError(f"{name} holds no model_index.json, so it is no pipeline folder ({ways})")
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise ValueError(f"unknown model {name!r} ({ways})")
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"unknown model {name!r}: no such folder, and the hub said: {reason} ({ways})") from error
+    return folder

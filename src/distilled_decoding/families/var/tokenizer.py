@@ -19,7 +19,11 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.families.layers import Downsample, ResnetBlock, Upsample, group_norm
 
-_NUM_PHI = 4
+# Four ticks from 1/12 to 11/12. Some scales lie half-way between two, also of the published ten; the last bit of these
+# very sums decides, as it did when the models were trained.
+_FIRST, _LAST = 1 / 3 / 4, 1 - 1 / 3 / 4
+_STEP = (_LAST - _FIRST) / 3
+_TICKS = (_FIRST, _FIRST + _STEP, _FIRST + 2 * _STEP, _LAST)
 
 
 def scale_order(patch_nums: tuple[int, ...]) -> BlockOrder:
@@ -174,12 +178,12 @@ class SharedPhi(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.qresi_ls = nn.ModuleList(Phi(channels) for _ in range(_NUM_PHI))
+        self.qresi_ls = nn.ModuleList(Phi(channels) for _ in _TICKS)
 
     def of_scale(self, scale: int, num_scales: int) -> nn.Module:
-        """The convolution whose tick, of four evenly spaced from 1/12 to 11/12, is nearest to the scale's place."""
-        ticks = torch.linspace(1 / 12, 11 / 12, _NUM_PHI, dtype=torch.float64)
-        return self.qresi_ls[int((ticks - scale / (num_scales - 1)).abs().argmin())]
+        """The convolution whose tick is nearest to the scale's place k / (S - 1), the first of equals."""
+        place = scale / (num_scales - 1)
+        return self.qresi_ls[min(range(len(_TICKS)), key=lambda i: abs(_TICKS[i] - place))]
 
 
 class ScaleQuantizer(nn.Module):
