@@ -9,9 +9,10 @@ D width, H heads, E head channels, h w full token grid.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +197,7 @@ class Backbone(nn.Module):
     def modulations(self, class_BD: Tensor) -> list[Tensor]:
         """What the class does to each layer, [B, 1, 6, D] each."""
         shared = self.shared_ada_lin(class_BD).unflatten(-1, (1, 6, -1)) if self.config.shared_aln else None
-        return [layer.modulation(class_BD, shared) for layer in self.blocks]
+        return [layer.modulation(class_BD, shared) for layer in cast(Iterable[Layer], self.blocks)]
 
     def run_layers(
         self,
@@ -230,13 +231,13 @@ class Backbone(nn.Module):
                 nn.init.zeros_(module.bias)
         for position in (self.pos_start, self.pos_1LC):
             nn.init.normal_(position, std=0.02)
-        with torch.no_grad():
-            for layer in self.blocks:
-                for last in (layer.attn.proj, layer.ffn.fc2):
-                    last.weight /= math.sqrt(2 * self.config.num_layers)
-                shared = self.config.shared_aln
-                gates = layer.ada_gss[:, :, :2] if shared else layer.ada_lin[1].bias[: 2 * self.config.dim]
-                nn.init.ones_(gates)
+        for layer in cast(Iterable[Layer], self.blocks):
+            for last in (layer.attn.proj, layer.ffn.fc2):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
+            if self.config.shared_aln:
+                nn.init.ones_(layer.ada_gss[:, :, :2])
+            else:
+                nn.init.ones_(cast(nn.Linear, layer.ada_lin[1]).bias[: 2 * self.config.dim])
         nn.init.zeros_(self.head.weight)
 
 
