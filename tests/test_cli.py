@@ -115,6 +115,23 @@ def test_trajectories_distil_and_sample(run, model: Path, tmp_path: Path) -> Non
     assert code == 1 and shard.name in json.loads(text)["problems"][0]
 
 
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_every_command_does_every_family(run, tmp_path: Path, family: str) -> None:
+    model, trajectories, student = tmp_path / "model", tmp_path / "t", tmp_path / "student"
+    tiny.pipeline(student=False, family=family).save_pretrained(model)
+    assert json.loads(run("info", model, "--json")[1])["family"] == family
+    make = ["trajectories", model, "--num", 12, "--out", trajectories, "--micro-batch", 4, "--shard-size", 8]
+    assert run(*make)[0] == run("verify", trajectories)[0] == 0
+    words = ["distill", model, "--trajectories", trajectories, "--out", student, "--num-updates", 2]
+    assert run(*words, "--batch-size", 4)[0] == 0
+    pictures = set()
+    for steps in ("1", "2", "4", "teacher", "teacher-ancestral"):
+        picture = tmp_path / f"{steps}.png"
+        assert run("sample", student, "--num", 3, "--steps", steps, "--grid", picture)[0] == 0
+        pictures.add(picture.read_bytes())
+    assert len(pictures) == 5
+
+
 def test_verify_checks_a_model(run, model: Path, tmp_path: Path) -> None:
     assert json.loads(run("verify", model, "--json")[1]) == {"kind": "pipeline", "problems": []}
     copy = shutil.copytree(model, tmp_path / "copy")

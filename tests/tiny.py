@@ -1,13 +1,15 @@
-"""A whole pipeline of toy size with random weights: 16 tokens, 16 codes, images of 8 px."""
+"""Whole pipelines of toy size with random weights, one a family: 16 codes, three classes, images of 8 px."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from distilled_decoding.families.llamagen.student import LlamaGenStudent
+from distilled_decoding.families import family as family_of
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
+from distilled_decoding.families.var import tokenizer as var_tokenizer
+from distilled_decoding.families.var import transformer as var_transformer
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig
 from distilled_decoding.metrics.frechet import Statistics
@@ -22,6 +24,7 @@ FLOW = FlowSettings(num_steps=8)
 
 
 def teacher() -> LlamaGenTeacher:
+    """Sixteen blocks of one token."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = VQTokenizer(
@@ -43,18 +46,41 @@ def teacher() -> LlamaGenTeacher:
     return LlamaGenTeacher(tokenizer, transformer).eval().requires_grad_(False)
 
 
-def pipeline(student: bool = True) -> Pipeline:
-    model = teacher()
+def var_teacher() -> var_transformer.VARTeacher:
+    """Four scales of 1, 4, 9 and 16 tokens."""
+    scales = (1, 2, 3, 4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = var_tokenizer.MultiScaleTokenizer(
+            var_tokenizer.TokenizerConfig(
+                image_channels=1,
+                ch=32,
+                ch_mult=(1, 1),
+                num_res_blocks=1,
+                z_channels=4,
+                codebook_size=16,
+                patch_nums=scales,
+            )
+        )
+        sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 16, "code_dim": 4, "num_classes": 3}
+        transformer = var_transformer.Transformer(var_transformer.TransformerConfig(**sizes, patch_nums=scales))
+        torch.nn.init.normal_(transformer.head.weight, std=0.5)
+        torch.nn.init.normal_(transformer.class_emb.weight)
+    return var_transformer.VARTeacher(tokenizer, transformer).eval().requires_grad_(False)
+
+
+def pipeline(student: bool = True, family: str = "llamagen") -> Pipeline:
+    model = {"llamagen": teacher, "var": var_teacher}[family]()
     config = PipelineConfig(
-        family="llamagen",
+        family=family,
         class_names=("a", "b", "c"),
         sampling=SAMPLING,
         flow=FLOW,
-        start_blocks=(0, 4, 8, 12),
-        split_block=16,
+        start_blocks=(0, 4, 8, 12) if family == "llamagen" else (0, 1, 2, 3),
+        split_block=model.order.num_blocks,
         micro_batch=8,
     )
-    untrained = LlamaGenStudent.from_teacher(model).eval().requires_grad_(False)
+    untrained = family_of(family).new_student(model, seed=0).eval().requires_grad_(False)
     return Pipeline(model, untrained if student else None, config)
 
 
