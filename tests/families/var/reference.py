@@ -7,18 +7,12 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.condition import Condition
+from distilled_decoding.families.var.checkpoint import from_published
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from distilled_decoding.families.var.transformer import Transformer, TransformerConfig, VARTeacher
 from distilled_decoding.teacher import Guidance
 from tests.golden import Case
-
-BUFFERS = {"lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV"}
-"""Last part of the names of what is in the published files but follows from the sizes, or is not read."""
-
-
-def parameters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in weights.items() if name.split(".")[-1] not in BUFFERS}
 
 
 def tokenizer(case: Case) -> MultiScaleTokenizer:
@@ -35,7 +29,7 @@ def tokenizer(case: Case) -> MultiScaleTokenizer:
         patch_nums=tuple(vae["patch_nums"]),
     )
     model = MultiScaleTokenizer(config)
-    model.load_state_dict(parameters(case.weights["vae"]))
+    model.load_state_dict(from_published(case.weights["vae"]))
     return model.eval()
 
 
@@ -51,13 +45,13 @@ def sizes(case: Case, role: str) -> dict[str, Any]:
 
 def transformer(case: Case) -> Transformer:
     model = Transformer(TransformerConfig(**sizes(case, "var")))
-    model.load_state_dict(parameters(case.weights["var"]))
+    model.load_state_dict(from_published(case.weights["var"]))
     return model.eval()
 
 
 def student(case: Case) -> VARStudent:
     model = VARStudent(StudentConfig(**sizes(case, "dd")))
-    model.load_state_dict(parameters(case.weights["dd"]))
+    model.load_state_dict(from_published(case.weights["dd"]))
     return model.eval()
 
 

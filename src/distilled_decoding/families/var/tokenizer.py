@@ -2,7 +2,6 @@
 
 An image is a sequence of token maps, coarse to fine, with one codebook for all. Each scale quantises what the
 coarser ones left of the features, so the codes of all scales, brought to full size, sum to the features.
-Parameter names are those of the published files.
 
 Axis letters: B batch, L tokens of all scales, K tokens of one scale, S scales, C code channels, h w full token
 grid, H W image, V codebook entries.
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup, nearest
-from distilled_decoding.families.layers import Downsample, ResnetBlock, Upsample, group_norm
+from distilled_decoding.families.vqgan import Decoder, Encoder
 
 # Four ticks from 1/12 to 11/12. Some scales lie half-way between two, also of the published ten; the last bit of these
 # very sums decides, as it did when the models were trained.
@@ -61,105 +60,6 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         scale_order(self.patch_nums)
-
-
-class SpatialAttention(nn.Module):
-    """Single-head attention over all positions of a feature map, with a skip connection."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
-        q, k, v = self.qkv(self.norm(x_BCHW)).flatten(2).mT.unsqueeze(1).chunk(3, dim=-1)
-        h_BCHW = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape(x_BCHW.shape)
-        return x_BCHW + self.proj_out(h_BCHW)
-
-
-class _Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = SpatialAttention(channels)
-        self.block_2 = ResnetBlock(channels, channels)
-
-    def forward(self, h_BCHW: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(h_BCHW)))
-
-
-class _Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention at the lowest resolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attends: bool) -> None:
-        super().__init__()
-        widths = [in_channels] + [out_channels] * num_res_blocks
-        self.block = nn.ModuleList([ResnetBlock(i, o) for i, o in pairwise(widths)])
-        self.attn = nn.ModuleList([SpatialAttention(out_channels) for _ in range(num_res_blocks if attends else 0)])
-        self.downsample: nn.Module = nn.Identity()
-        self.upsample: nn.Module = nn.Identity()
-
-    def forward(self, h_BCHW: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            h_BCHW = block(h_BCHW)
-            if len(self.attn):
-                h_BCHW = self.attn[i](h_BCHW)
-        return self.upsample(self.downsample(h_BCHW))
-
-
-class Encoder(nn.Module):
-    """Image to features, [B, 3, H, W] -> [B, C, h, w]."""
-
-    def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        widths = [config.ch] + [config.ch * m for m in config.ch_mult]
-        last = len(config.ch_mult) - 1
-        self.conv_in = nn.Conv2d(config.image_channels, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        for i in range(last + 1):
-            level = _Level(widths[i], widths[i + 1], config.num_res_blocks, attends=i == last)
-            if i < last:
-                level.downsample = Downsample(widths[i + 1])
-            self.down.append(level)
-        self.mid = _Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Apply the encoder."""
-        h_BCHW = self.conv_in(image_BCHW)
-        for level in self.down:
-            h_BCHW = level(h_BCHW)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
-
-
-class Decoder(nn.Module):
-    """Features to image, [B, C, h, w] -> [B, 3, H, W]; level 0 is the highest resolution and computed last."""
-
-    def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
-        widths = [config.ch * m for m in config.ch_mult]
-        widths.append(widths[-1])
-        last = len(config.ch_mult) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1])
-        self.up = nn.ModuleList()
-        for i in range(last + 1):
-            level = _Level(widths[i + 1], widths[i], config.num_res_blocks + 1, attends=i == last)
-            if i > 0:
-                level.upsample = Upsample(widths[i])
-            self.up.append(level)
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
-
-    def forward(self, f_BChw: Tensor) -> Tensor:
-        """Apply the decoder."""
-        h_BCHW = self.mid(self.conv_in(f_BChw))
-        for level in reversed(self.up):
-            h_BCHW = level(h_BCHW)
-        return self.conv_out(F.silu(self.norm_out(h_BCHW)))
 
 
 class Phi(nn.Conv2d):
@@ -216,8 +116,9 @@ class MultiScaleTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        sizes = (config.image_channels, config.ch, config.ch_mult, config.num_res_blocks, config.z_channels)
+        self.encoder = Encoder(*sizes)
+        self.decoder = Decoder(*sizes)
         self.quantize = ScaleQuantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
