@@ -39,6 +39,7 @@ class Settings:
     top_p: float = 1.0
     start_blocks: tuple[int, ...] = (0, 8, 20, 36)
     split_block: int = 64
+    micro_batch: int = 250
 
 
 def write_features(settings: Settings, classifier: Path) -> None:
@@ -62,7 +63,7 @@ def write_teacher(settings: Settings, folder: Path, tokenizer: Path, transformer
         flow=FlowSettings(num_steps=20),
         start_blocks=settings.start_blocks,
         split_block=settings.split_block,
-        micro_batch=250,
+        micro_batch=settings.micro_batch,
     )
     Pipeline(family(settings.family).load_teacher(folder), None, config).save_pretrained(folder, torch.float16)
 
