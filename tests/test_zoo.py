@@ -1,0 +1,53 @@
+"""The shipped models are whole, small, keep every promise, and their students imitate their teachers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distilled_decoding import commands, zoo
+from distilled_decoding.check import check_student, check_teacher
+from distilled_decoding.codebook import nearest
+from distilled_decoding.condition import Condition
+from distilled_decoding.noise import image_keys
+from distilled_decoding.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module", params=zoo.shipped())
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(name: str) -> Pipeline:
+    return Pipeline.from_pretrained(name)
+
+
+def test_both_families_are_shipped() -> None:
+    assert list(zoo.shipped()) == ["fashion-llamagen", "fashion-var"]
+
+
+def test_nothing_is_damaged_or_large(name: str) -> None:
+    folder = zoo.shipped()[name]
+    assert commands.verify(folder) == {"kind": "pipeline", "problems": []}
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 15_000_000
+
+
+def test_its_card_counts_its_parameters(name: str, pipe: Pipeline) -> None:
+    card = Path(zoo.shipped()[name] / "README.md").read_text()
+    for part, count in commands.info(pipe)["parameters"].items():
+        assert f"| {count:,} |" in card, part
+
+
+def test_it_keeps_the_promises(pipe: Pipeline) -> None:
+    check_teacher(pipe.teacher)
+    check_student(pipe.student, pipe.teacher)
+
+
+def test_one_step_makes_its_own_teacher_image_rather_than_another(pipe: Pipeline) -> None:
+    condition, key_B = Condition(torch.full((8,), 3), 10), image_keys("sampling", 0, range(8))
+    teacher, student = (pipe.codes(pipe.plan(steps), condition, key_B) for steps in ("teacher", 1))
+    student_BL, teacher_BL = (nearest(code_BLC, pipe.teacher.codebook) for code_BLC in (student, teacher))
+    agree_BB = (student_BL[:, None] == teacher_BL[None]).float().mean(2)
+    own_B, best_other_B = agree_BB.diag(), (agree_BB - 2 * torch.eye(8)).amax(1)
+    assert own_B.mean() > 1.5 * best_other_B.mean()
