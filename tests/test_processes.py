@@ -66,12 +66,14 @@ def test_stopped_trajectories_go_on(model: Path, tmp_path: Path, monkeypatch: py
 def test_a_stopped_distillation_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.store(tmp_path / "t", tiny.pipeline())
     words = ["distill", model, "--trajectories", tmp_path / "t", "--num-updates", 120, "--batch-size", 4, "--out"]
-    log = tmp_path / "a" / "log.jsonl"
-    interrupt([*words, tmp_path / "a"], lambda: log.is_file() and log.stat().st_size > 0)
-    assert not (tmp_path / "a" / "model_index.json").exists()
-    run([*words, tmp_path / "a"], monkeypatch)
-    run([*words, tmp_path / "b"], monkeypatch)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    # One name in two places: the card names its folder.
+    stopped, whole = tmp_path / "a" / "student", tmp_path / "b" / "student"
+    log = stopped / "log.jsonl"
+    interrupt([*words, stopped], lambda: log.is_file() and log.stat().st_size > 0)
+    assert not (stopped / "model_index.json").exists()
+    run([*words, stopped], monkeypatch)
+    run([*words, whole], monkeypatch)
+    assert contents(stopped) == contents(whole)
 
 
 HALF = """
