@@ -82,7 +82,9 @@ def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Copy tensors into a module; every key and shape must match.
+    """Give tensors to a module; every key and shape must match.
+
+    They are copied, or, when the module is on the meta device, become its parameters themselves.
 
     Raises:
         ValueError: names the first extra, missing or mis-shaped key.
@@ -96,7 +98,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: object
         if own[key].shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(own[key].shape)
             raise ValueError(f"{source}: {key!r} has shape {found}, but the config asks for {expected}.")
-    module.load_state_dict(dict(tensors), strict=True)
+    module.load_state_dict(dict(tensors), strict=True, assign=any(p.is_meta for p in module.parameters()))
 
 
 def save_component(folder: Path, module: nn.Module, config: Any, dtype: torch.dtype) -> None:
@@ -107,7 +109,7 @@ def save_component(folder: Path, module: nn.Module, config: Any, dtype: torch.dt
 
 
 def load_component(folder: Path, module: nn.Module) -> None:
-    """Fill a module, built from the folder's config, with the folder's weights as float32."""
+    """Give a module, built from the folder's config, the folder's weights as float32."""
     path = folder / "model.safetensors"
     tensors, _ = load_tensors(path)
     load_strict(module, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, path)
@@ -128,24 +130,40 @@ def load_json(path: Path) -> Any:
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
-    """Read a dataclass from JSON, strictly.
+    """Read a dataclass from a JSON file of its own, strictly.
 
     Raises:
         ValueError: a field is missing, unknown or outside its range; says which, and in which file.
     """
-    values = load_json(path)
+    return from_json(kind, load_json(path), path)
+
+
+def from_json(kind: type[Config], values: Any, source: object) -> Config:
+    """A dataclass from its JSON values, strictly; `source` is for the error.
+
+    Raises:
+        ValueError: a field is missing, unknown or outside its range; says which.
+    """
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no fields, but a {type(values).__name__}.")
+        raise ValueError(f"{source} holds no fields, but a {type(values).__name__}.")
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     wrong = {"lacks": fields - set(values), "has the unknown": set(values) - fields}
     found = " and ".join(f"{verb} {', '.join(sorted(names))}" for verb, names in wrong.items() if names)
     if found:
-        raise ValueError(f"{path} {found}: it is no {kind.__name__}.")
+        raise ValueError(f"{source} {found}: it is no {kind.__name__}.")
     hints = typing.get_type_hints(kind)
+    parsed = {name: _parse(hints[name], value, f"{source}: {name}") for name, value in values.items()}
     try:
-        return kind(**{k: tuple(v) if typing.get_origin(hints[k]) is tuple else v for k, v in values.items()})
+        return kind(**parsed)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _parse(hint: Any, value: Any, source: str) -> Any:
+    """Undo what JSON does to nested dataclasses and tuples."""
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, source)  # type: ignore[arg-type]
+    return tuple(value) if typing.get_origin(hint) is tuple else value
 
 
 def save_training(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], step: int) -> None:

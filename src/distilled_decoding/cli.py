@@ -3,26 +3,32 @@
 import json as json_format
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional
 
 from distilled_decoding import commands
 from distilled_decoding.demo import demo_table, run_demo
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.evaluate import EvaluationSettings, markdown_table
+from distilled_decoding.flags import flags_for, override
+from distilled_decoding.index import PipelineConfig
+from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import Pipeline, Steps
 from distilled_decoding.progress import Stopped
 from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.teacher import TeacherSampling
 from distilled_decoding.trajectories import TrajectorySettings
 
 Model = Positional[str]
-Settings = Annotated[DistillSettings, OmitArgPrefixes]
+Training: Any = flags_for(DistillSettings, own_defaults=("bf16", "compile", "seed"))
+Sampling: Any = flags_for(TeacherSampling)
 Perceptual = Literal["none", "classifier", "effnet-lite0", "lpips"]
 
 
@@ -102,7 +108,7 @@ def distill(
     model: Model,
     trajectories: Path,
     out: Path,
-    settings: Settings,
+    settings: Training,
     split_block: int | None = None,
     perceptual: Perceptual = "none",
     device: str = "cpu",
@@ -122,8 +128,49 @@ def distill(
     """
     pipeline = _load(model, device)
     store = TrajectoryStore.open(trajectories)
-    trained = commands.distill_student(model, pipeline, store, out, settings, split_block, perceptual)
+    training = override(pipeline.config.training, settings)
+    trained = commands.distill_student(model, pipeline, store, out, training, split_block, perceptual)
     _print({"pipeline": str(out), **commands.info(trained)}, json)
+
+
+def convert(
+    paths: Positional[tuple[Path, ...]],
+    out: Path,
+    sampling: Sampling,
+    preset: str | None = None,
+    weights: Weights | None = None,
+    allow_namespace: bool = False,
+    num_heads: int | None = None,
+    num_tokens: int | None = None,
+    patch_nums: tuple[int, ...] | None = None,
+    start_blocks: tuple[int, ...] | None = None,
+    split_block: int | None = None,
+    json: bool = False,
+) -> None:
+    """Turn published files into a pipeline folder; what they are is told from names and shapes.
+
+    Args:
+        paths: the files of a tokenizer, a transformer and, if wanted, a student, in any order.
+        out: the folder.
+        sampling: the teacher's distribution.
+        preset: which published model it is, where the files alone fit several.
+        weights: averaged or raw; by default those that the publisher's own scripts take.
+        allow_namespace: also read training checkpoints that hold an argparse.Namespace; no code is run.
+        num_heads: attention heads, where neither the files nor a preset tell.
+        num_tokens: tokens of an image, likewise.
+        patch_nums: sides of a VAR model's scales, likewise.
+        start_blocks: where the student can start. (default: the preset's)
+        split_block: blocks before it are sampled from the logits, the others from the code head. (default: the
+            preset's)
+        json: print one JSON object.
+    """
+    sizes = {"num_heads": num_heads, "num_tokens": num_tokens, "patch_nums": patch_nums}
+    given = {"start_blocks": start_blocks, "split_block": split_block}
+
+    def change(config: PipelineConfig) -> PipelineConfig:
+        return replace(config, sampling=override(config.sampling, sampling), **_given(given))
+
+    _print(commands.convert(paths, out, preset, weights, allow_namespace, _given(sizes), change), json)
 
 
 def verify(path: Positional[Path], json: bool = False) -> None:
@@ -185,7 +232,7 @@ def demo(
     _print(summary, json, demo_table(summary))
 
 
-COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, verify)}
+COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, convert, verify)}
 
 
 def main() -> None:
@@ -219,6 +266,10 @@ def _sentence(error: Exception) -> str:
 
 def _load(model: str, device: str) -> Pipeline:
     return Pipeline.from_pretrained(model, commands.check_device(device))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _steps(text: str | None) -> Steps | None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_image
 from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
+from distilled_decoding.index import INDEX, PipelineConfig, match_teacher
 from distilled_decoding.losses import ImageDistance
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.noise import image_keys
+from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import Pipeline, Steps, problems
+from distilled_decoding.presets import Preset, preset
 from distilled_decoding.progress import progress_bar, stop_signal
 from distilled_decoding.records import claim, environment, identity, record
 from distilled_decoding.sampling import Plan
@@ -239,13 +242,53 @@ def _with_student(
     pipeline: Pipeline, store: TrajectoryStore, student: Any, settings: DistillSettings, split_block: int
 ) -> Pipeline:
     """The new pipeline: its teacher samples from what the student has seen."""
-    sampling, flow = TeacherSampling(**store.manifest["sampling"]), FlowSettings(**store.manifest["flow"])
-    config = replace(pipeline.config, sampling=sampling, flow=flow)
+    config = replace(
+        pipeline.config,
+        sampling=TeacherSampling(**store.manifest["sampling"]),
+        flow=FlowSettings(**store.manifest["flow"]),
+        num_trajectories=store.num_trajectories,
+        training=settings,
+    )
     return Pipeline(pipeline.teacher, None, config).with_student(student, settings.start_blocks, split_block)
 
 
+def convert(
+    paths: Sequence[Path],
+    out: Path,
+    preset: str | None,
+    weights: Weights | None,
+    allow_namespace: bool,
+    sizes: Mapping[str, Any],
+    change: Callable[[PipelineConfig], PipelineConfig],
+) -> dict[str, Any]:
+    """Write published files as a pipeline folder.
+
+    Args:
+        paths: the files, in any order.
+        out: the folder, which must not hold a pipeline yet.
+        preset: see `Pipeline.from_original`, as for the next three.
+        weights: averaged or raw.
+        allow_namespace: also read training checkpoints.
+        sizes: what neither the files nor a preset tell.
+        change: settings that replace those of the preset.
+
+    Returns:
+        What `info` says of the new pipeline.
+
+    Raises:
+        ValueError: the files or the settings are not what they should be, or the folder is in use.
+    """
+    if (out / INDEX).exists():
+        raise ValueError(f"{out} holds a model already; choose another --out")
+    found = Pipeline.from_original(paths, preset, weights, allow_namespace, **sizes)
+    pipeline = Pipeline(found.teacher, found.student, change(found.config))
+    match_teacher(pipeline.config, pipeline.teacher, out)
+    pipeline.save_pretrained(out)
+    return {"pipeline": str(out), **info(pipeline)}
+
+
 def info(pipeline: Pipeline) -> dict[str, Any]:
-    """What a model is: family, classes, blocks, sizes, sampling."""
+    """What a model is: family, classes, blocks, sizes, sampling, and what was published of it."""
     order = pipeline.teacher.order
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.teacher.named_children()}
     if pipeline.student is not None:
@@ -262,8 +305,26 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
         "start_blocks": list(pipeline.config.start_blocks),
         "split_block": pipeline.config.split_block,
         "student": pipeline.student is not None,
+        "num_trajectories": pipeline.config.num_trajectories,
+        "training": asdict(pipeline.config.training),
         "teacher_hash": pipeline.fingerprint,
+        "published": None if pipeline.config.preset is None else published(preset(pipeline.config.preset)),
     }
+
+
+def published(own: Preset) -> dict[str, Any]:
+    """What a preset knows of a published model: its files, which settings are its authors', and their results."""
+    return {
+        "preset": own.name,
+        "image_size": own.image_size,
+        "files": {file.component: file.name for file in own.files},
+        "settings_published": list(own.published),
+        "settings_ours": [name for name in _RECOMMENDED if name not in own.published],
+        "results": [asdict(result) for result in own.results],
+    }
+
+
+_RECOMMENDED = ("sampling", "start_blocks", "split_block", "flow", "micro_batch", "num_trajectories", "training")
 
 
 def image_distance(name: str, device: str) -> ImageDistance | None:

@@ -1,10 +1,12 @@
 """`model_index.json`: what a pipeline folder says of itself, and whether its parts bear it out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from distilled_decoding.checkpoint import from_json
+from distilled_decoding.distill import DistillSettings
 from distilled_decoding.families import Family
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.teacher import TeacherSampling
@@ -25,9 +27,12 @@ class PipelineConfig:
         start_blocks: where the student can start, or should learn to.
         split_block: blocks before it come from the student's logits, the rest from its code head.
         micro_batch: images generated at once.
+        num_trajectories: how many to distil it from.
+        training: how to distil it, or how it was.
+        preset: the published model that it is, whose results `info` shows; None for any other.
 
     Raises:
-        ValueError: a micro-batch that is not positive, or starting blocks that do not ascend from 0.
+        ValueError: a count that is not positive, or starting blocks that do not ascend from 0.
     """
 
     family: str
@@ -37,10 +42,14 @@ class PipelineConfig:
     start_blocks: tuple[int, ...]
     split_block: int
     micro_batch: int
+    num_trajectories: int = 50_000
+    training: DistillSettings = field(default_factory=DistillSettings)
+    preset: str | None = None
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        for name in ("micro_batch", "num_trajectories"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.start_blocks[:1] != (0,) or list(self.start_blocks) != sorted(set(self.start_blocks)):
             raise ValueError(f"start_blocks must ascend from 0, got {self.start_blocks}")
 
@@ -51,18 +60,8 @@ class PipelineConfig:
         Raises:
             ValueError: a field is missing or outside its range.
         """
-        try:
-            return cls(
-                family=values["family"],
-                class_names=tuple(values["class_names"]),
-                sampling=TeacherSampling(**values["sampling"]),
-                flow=FlowSettings(**values["flow"]),
-                start_blocks=tuple(values["start_blocks"]),
-                split_block=values["split_block"],
-                micro_batch=values["micro_batch"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{source} lacks or misnames a field: {error}") from error
+        own = {field.name for field in fields(cls)}
+        return from_json(cls, {name: value for name, value in values.items() if name in own}, source)
 
 
 def match_components(index: Mapping[str, Any], reader: Family, source: Path) -> None:
@@ -77,7 +76,7 @@ def match_components(index: Mapping[str, Any], reader: Family, source: Path) -> 
             raise ValueError(f"{source} {found} as {name}, where a {reader.name} model has a {kind}")
 
 
-def match_teacher(config: PipelineConfig, teacher: Any, source: Path) -> None:
+def match_teacher(config: PipelineConfig, teacher: Any, source: object) -> None:
     """Compare what an index says with the teacher beside it.
 
     Raises:
@@ -90,7 +89,7 @@ def match_teacher(config: PipelineConfig, teacher: Any, source: Path) -> None:
         raise ValueError(f"{source} names {len(config.class_names)} of {teacher.num_classes} classes")
 
 
-def match_student(student: Any, teacher: Any, source: Path) -> None:
+def match_student(student: Any, teacher: Any, source: object) -> None:
     """Compare a student's sizes with its teacher's.
 
     Raises:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from distilled_decoding.card import model_card
 from distilled_decoding.checkpoint import fingerprint, load_json, save_json, save_text, sha256
 from distilled_decoding.condition import Condition
+from distilled_decoding.convert import read_parts
 from distilled_decoding.families import family
 from distilled_decoding.hub import create_repository, upload
 from distilled_decoding.images import to_pil, to_uint8
 from distilled_decoding.index import INDEX, LIBRARY, PipelineConfig, match_components, match_student, match_teacher
 from distilled_decoding.noise import image_keys
+from distilled_decoding.originals import Weights
 from distilled_decoding.sampling import Callback, Plan, check_plan, sample, spread_schedule
 from distilled_decoding.zoo import resolve
 
@@ -68,6 +70,35 @@ class Pipeline:
             student = reader.load_student(folder).to(device).eval().requires_grad_(False)
             match_student(student, teacher, folder / "student")
         return cls(teacher, student, config)
+
+    @classmethod
+    def from_original(
+        cls,
+        paths: Sequence[str | Path],
+        preset: str | None = None,
+        weights: Weights | None = None,
+        allow_namespace: bool = False,
+        **sizes: Any,
+    ) -> "Pipeline":
+        """Load files as their publishers wrote them: a tokenizer, a transformer and, if wanted, a student.
+
+        What they are is told from names and shapes; see docs/published-models.md.
+
+        Args:
+            paths: the files, in any order.
+            preset: which published model it is, where the files alone fit several.
+            weights: averaged (`ema`) or `raw`; None takes those that the publisher's own scripts take.
+            allow_namespace: also read training checkpoints that hold an `argparse.Namespace`.
+            sizes: what neither the files nor a preset tell: `num_heads`, `num_tokens` or `patch_nums`.
+
+        Raises:
+            ValueError: a file is not what it should be, the files do not belong together, or something is not told.
+        """
+        parts = read_parts([Path(path) for path in paths], preset, weights, allow_namespace, **sizes)
+        match_teacher(parts.config, parts.teacher, Path(paths[0]))
+        if parts.student is not None:
+            match_student(parts.student, parts.teacher, paths[-1])
+        return cls(parts.teacher, parts.student, parts.config)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a folder that `from_pretrained` reads.

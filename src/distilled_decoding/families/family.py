@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from distilled_decoding.checkpoint import load_component, load_config, save_component
+from distilled_decoding.families.published import PublishedNames
 
 Component = tuple[type[Any], type[Any]]
 """A part of a model with a folder of its own: its class, and the dataclass that this takes and keeps as `config`."""
@@ -26,12 +27,14 @@ class Family:
         teacher: makes a `Teacher` (a module) of the components, given by keyword.
         student: a `Student` with a class method `from_teacher(teacher, seed)`; its config has `vocab_size` and
             `code_dim`.
+        published: how files that others published are read; None when there are none.
     """
 
     name: str
     components: Mapping[str, Component]
     teacher: Callable[..., Any]
     student: Component
+    published: PublishedNames | None = None
 
     def class_names(self, student: bool) -> dict[str, str]:
         """The class of every component by its name, with the student's or without."""
@@ -60,10 +63,15 @@ class Family:
         Raises:
             ValueError: a file is missing, damaged, or does not fit its config.
         """
-        kind, config = self.student if name == "student" else self.components[name]
-        module = kind(load_config(config, folder / "config.json"))
+        kind, config = self.kinds(name)
+        with torch.device("meta"):
+            module = kind(load_config(config, folder / "config.json"))
         load_component(folder, module)
         return module
+
+    def kinds(self, name: str) -> Component:
+        """The class of a component, or of the student, and that of its config."""
+        return self.student if name == "student" else self.components[name]
 
     def save_teacher(self, folder: Path, teacher: Any, dtype: torch.dtype) -> None:
         """Write the teacher's components."""

@@ -64,6 +64,11 @@ class TransformerConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be a multiple of num_heads = {self.num_heads}, got {self.dim}")
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image, of all scales."""
+        return scale_order(self.patch_nums).length
+
 
 class Attention(nn.Module):
     """Self-attention; queries and values have biases, keys have none."""
