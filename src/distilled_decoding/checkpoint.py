@@ -128,7 +128,7 @@ def load_json(path: Path) -> Any:
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
-    """Read a dataclass from JSON, strictly.
+    """Read a dataclass from JSON, strictly; but fields with a default may be missing, as in files older than they are.
 
     Raises:
         ValueError: a field is missing, unknown or outside its range; says which, and in which file.
@@ -136,8 +136,9 @@ def load_config(kind: type[Config], path: Path) -> Config:
     values = load_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no fields, but a {type(values).__name__}.")
-    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    wrong = {"lacks": fields - set(values), "has the unknown": set(values) - fields}
+    optional = {field.name: field.default is not dataclasses.MISSING for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    needed = {name for name in optional if not optional[name]}
+    wrong = {"lacks": needed - set(values), "has the unknown": set(values) - set(optional)}
     found = " and ".join(f"{verb} {', '.join(sorted(names))}" for verb, names in wrong.items() if names)
     if found:
         raise ValueError(f"{path} {found}: it is no {kind.__name__}.")
