@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
@@ -80,4 +80,4 @@ def excerpts(image_B3HW: Tensor) -> dict[str, Tensor]:
 
 
 def labels(case: Case, num_classes: int) -> Condition:
-    return Condition(case.inputs["label"], num_classes)
+    return Labels(case.inputs["label"], num_classes)

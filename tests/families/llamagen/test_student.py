@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from distilled_decoding import codebook
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
 from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer
 from distilled_decoding.student import StudentOutput, final_sequence, pass_known
@@ -24,7 +24,7 @@ def student() -> LlamaGenStudent:
     return randomised(LlamaGenStudent(config))
 
 
-CONDITION = Condition.labels([4, 0, 2], 5)
+CONDITION = Labels.checked([4, 0, 2], 5)
 KNOWN_B = torch.tensor([0, 5, 16])
 
 

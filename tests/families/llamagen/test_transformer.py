@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from distilled_decoding.families.llamagen.transformer import (
     DecodingState,
@@ -53,7 +53,7 @@ def token_BL(teacher: LlamaGenTeacher) -> Tensor:
 
 @pytest.fixture
 def condition() -> Condition:
-    return Condition.labels([4, 0, 2], 5)
+    return Labels.checked([4, 0, 2], 5)
 
 
 def greedy(teacher: LlamaGenTeacher, condition: Condition, guidance: Guidance) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def test_generation_under_autocast_stays_near_float32(teacher, token_BL, conditi
 def test_a_fresh_transformer_predicts_uniformly_and_learns():
     torch.manual_seed(0)
     transformer = Transformer(CONFIG, dropout=0.1)
-    token_BL, condition = torch.randint(24, (8, 16)), Condition.balanced(8, 5)
+    token_BL, condition = torch.randint(24, (8, 16)), Labels.balanced(8, 5)
     assert not transformer(token_BL, condition).any()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
     losses = []

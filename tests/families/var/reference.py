@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.families.var.checkpoint import from_published
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -63,7 +63,7 @@ def teacher(case: Case, masked_prefix: bool = True) -> VARTeacher:
 
 
 def labels(case: Case, num_classes: int) -> Condition:
-    return Condition(case.inputs["label"], num_classes)
+    return Labels(case.inputs["label"], num_classes)
 
 
 def guidance(case: Case) -> Guidance:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distilled_decoding import codebook
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
 from distilled_decoding.families.var.transformer import Transformer, VARTeacher
 from distilled_decoding.student import final_sequence, pass_known
@@ -19,7 +19,7 @@ from tests.families.var.test_transformer import (
 )
 from tests.golden import load_case
 
-CONDITION = Condition.labels([4, 0, 2], 5)
+CONDITION = Labels.checked([4, 0, 2], 5)
 KNOWN_B = torch.tensor([0, 2, 4])
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from distilled_decoding.families.var.transformer import DecodingState, Transformer, TransformerConfig, VARTeacher
 from distilled_decoding.teacher import Guidance
@@ -53,7 +53,7 @@ def token_BL(teacher: VARTeacher) -> Tensor:
 
 @pytest.fixture
 def condition() -> Condition:
-    return Condition.labels([4, 0, 2], 5)
+    return Labels.checked([4, 0, 2], 5)
 
 
 def inputs(teacher: VARTeacher, token_BL: Tensor) -> Tensor:
@@ -336,7 +336,7 @@ def test_generation_under_autocast_stays_near_float32(teacher, token_BL, conditi
 def test_a_fresh_transformer_predicts_uniformly_and_learns(shared_aln: bool) -> None:
     torch.manual_seed(0)
     transformer = Transformer(replace(CONFIG, shared_aln=shared_aln))
-    token_BL, condition = torch.randint(24, (8, LENGTH)), Condition.balanced(8, 5)
+    token_BL, condition = torch.randint(24, (8, LENGTH)), Labels.balanced(8, 5)
     input_BLC = torch.randn(8, LENGTH - 1, 4)
     assert not transformer(input_BLC, condition).any()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)

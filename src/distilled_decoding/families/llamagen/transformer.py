@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.families.layers import KVCache
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
 from distilled_decoding.teacher import Guidance
@@ -161,7 +161,7 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, condition: Condition) -> Tensor:
         """The class position, [B, 1, D]."""
-        return self.embedding_table(condition.label_B)[:, None]
+        return self.embedding_table(Labels.require(condition).label_B)[:, None]
 
 
 class Backbone(nn.Module):
@@ -280,7 +280,7 @@ class LlamaGenTeacher(nn.Module):
     def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
         """See `Teacher.start`: runs the class position and the prefix in one causal pass."""
         if prefix_BL is None:
-            prefix_BL = condition.label_B.new_empty(len(condition), 0)
+            prefix_BL = torch.empty(len(condition), 0, dtype=torch.int64, device=self.codebook.device)
         if prefix_BL.shape[1] >= self.order.length:
             raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
         if guidance.is_active:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.families.layers import KVCache
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, scale_order
 from distilled_decoding.teacher import Guidance
@@ -182,6 +182,10 @@ class Backbone(nn.Module):
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(config.dim, config.vocab_size)
 
+    def embed_class(self, condition: Condition) -> Tensor:
+        """Its row of the class embedding for each image, [B, D]."""
+        return self.class_emb(Labels.require(condition).label_B)
+
     def start(self, class_BD: Tensor) -> Tensor:
         """The first position, [B, 1, D]."""
         return class_BD[:, None] + self.pos_start + self.place(slice(0, 1))
@@ -256,7 +260,7 @@ class Transformer(Backbone):
                 scales may be left out, and so are their logits then.
             condition: one entry per sequence.
         """
-        class_BD = self.class_emb(condition.label_B)
+        class_BD = self.embed_class(condition)
         length = 1 + input_BLC.shape[1]
         x_BLD = torch.cat([self.start(class_BD), self.embed(input_BLC, slice(1, length))], dim=1)
         mask_LL = self.levels.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
@@ -332,7 +336,7 @@ class VARTeacher(nn.Module):
     def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
         """See `Teacher.start`: runs the scales of the prefix and the one behind it in one pass."""
         if prefix_BL is None:
-            prefix_BL = condition.label_B.new_empty(len(condition), 0)
+            prefix_BL = torch.empty(len(condition), 0, dtype=torch.int64, device=self.codebook.device)
         block = self.order.blocks_in(prefix_BL.shape[1])
         if block == self.order.num_blocks:
             raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
@@ -341,7 +345,7 @@ class VARTeacher(nn.Module):
         input_BLC = self.tokenizer.next_inputs(sums)
         if guidance.is_active:
             condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
-        class_BD = self.transformer.class_emb(condition.label_B)
+        class_BD = self.transformer.embed_class(condition)
         length = self.order.tokens_before(block + 1)
         x_BLD = self.transformer.embed(input_BLC, slice(1, length))
         x_BLD = torch.cat([self.transformer.start(class_BD), x_BLD], dim=1)
