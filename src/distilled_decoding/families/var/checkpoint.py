@@ -7,8 +7,9 @@ from torch import Tensor
 
 from distilled_decoding.families.family import Family
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
+from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
-from distilled_decoding.families.var.transformer import Transformer, TransformerConfig, VARTeacher
+from distilled_decoding.families.var.transformer import Transformer, TransformerConfig
 
 FAMILY = Family(
     name="var",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
 from distilled_decoding.families.layers import CodeHead
+from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import scale_order
-from distilled_decoding.families.var.transformer import Backbone, TransformerConfig, VARTeacher
+from distilled_decoding.families.var.transformer import Backbone, TransformerConfig
 from distilled_decoding.student import StudentOutput
 
 
