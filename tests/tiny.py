@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from distilled_decoding.families import family as family_of
+from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
+from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
 from distilled_decoding.families.var import tokenizer as var_tokenizer
 from distilled_decoding.families.var import transformer as var_transformer
 from distilled_decoding.families.var.teacher import VARTeacher

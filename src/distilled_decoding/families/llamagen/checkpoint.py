@@ -2,8 +2,9 @@
 
 from distilled_decoding.families.family import Family
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
+from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
+from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
 
 FAMILY = Family(
     name="llamagen",
