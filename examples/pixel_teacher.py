@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import lookup, nearest
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.distill import DistillSettings, distill
 from distilled_decoding.families import Family, register
 from distilled_decoding.flow import FlowSettings
@@ -82,7 +82,7 @@ class Network(nn.Module):
         """Logits and codes, of the first rows or of all."""
         length = code_BLC.shape[1]
         x_BLD = self.code_in(code_BLC) + self.known(known_BL.long())
-        x_BLD = x_BLD + self.place.weight[:length] + self.label(condition.label_B)[:, None]
+        x_BLD = x_BLD + self.place.weight[:length] + self.label(Labels.require(condition).label_B)[:, None]
         sees_LL = self.order.attends_LL(own_block, x_BLD.device)[:length, :length]
         for layer in self.layers:
             x_BLD = layer(x_BLD, sees_LL)
@@ -105,7 +105,7 @@ class PixelTeacher(nn.Module):
     def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> State:
         """See `Teacher.start`."""
         if prefix_BL is None:
-            prefix_BL = condition.label_B.new_empty(len(condition), 0)
+            prefix_BL = torch.empty(len(condition), 0, dtype=torch.int64, device=self.codebook.device)
         if prefix_BL.shape[1] not in self.order.starts:
             raise ValueError(f"a prefix must be whole rows and leave one to predict, got {prefix_BL.shape[1]} tokens")
         return condition, guidance, prefix_BL
@@ -192,7 +192,7 @@ def train_teacher(teacher: PixelTeacher, num_updates: int, batch_size: int = 64)
     for _ in range(num_updates):
         label_B = torch.randint(len(CLASSES), (batch_size,), generator=generator)
         dropped_B = torch.rand(batch_size, generator=generator) < 0.1
-        condition = Condition(label_B.masked_fill(dropped_B, len(CLASSES)), len(CLASSES))
+        condition = Labels(label_B.masked_fill(dropped_B, len(CLASSES)), len(CLASSES))
         token_BL = draw_sparks(label_B, generator)
         logits_BLV = teacher.forced_logits(token_BL, condition, Guidance())
         optimizer.zero_grad()
@@ -244,7 +244,7 @@ def compare(pipe: Pipeline, picture: Path) -> list[Row]:
     """300 samples of every way to sample, from the same labels and noise; a dozen of each are drawn."""
     untrained = pipe.with_student(pipe.new_student(seed=0), pipe.config.start_blocks, SIDE)
     ways = [("teacher", pipe, "teacher"), ("2 steps", pipe, 2), ("1 step", pipe, 1), ("untrained", untrained, 1)]
-    condition = Condition.labels(torch.arange(300) * len(CLASSES) // 300, len(CLASSES))
+    condition = Labels.checked(torch.arange(300) * len(CLASSES) // 300, len(CLASSES))
     key_N = image_keys("evaluation", 0, range(300))
     rows, images = [], []
     for name, model, steps in ways:

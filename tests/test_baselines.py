@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from distilled_decoding.baselines import OneStep
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
 from distilled_decoding.store import Shard
 
@@ -20,7 +20,7 @@ def shard(num=400):
 
 def drawn(num, label, seed=0):
     onestep = OneStep.fit(shard(), CLASSES, VOCAB)
-    return onestep.draw(Condition.labels([label] * num, CLASSES), image_keys("evaluation", seed, range(num)))
+    return onestep.draw(Labels.checked([label] * num, CLASSES), image_keys("evaluation", seed, range(num)))
 
 
 def test_frequency_counts_every_class_and_position_apart():
@@ -50,7 +50,7 @@ def test_positions_are_independent_though_the_trajectories_are_not():
 
 def test_a_draw_depends_on_its_own_key_and_label_alone():
     onestep = OneStep.fit(shard(), CLASSES, VOCAB)
-    condition, key_B = Condition.balanced(12, CLASSES), image_keys("evaluation", 0, range(12))
+    condition, key_B = Labels.balanced(12, CLASSES), image_keys("evaluation", 0, range(12))
     together = onestep.draw(condition, key_B)
     order = torch.tensor([7, 2, 11])
     assert torch.equal(onestep.draw(condition[order], key_B[order]), together[order])

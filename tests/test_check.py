@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import lookup, nearest
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.student import StudentOutput
 from distilled_decoding.teacher import Guidance
 from examples import pixel_teacher
@@ -45,6 +45,12 @@ def models(request: pytest.FixtureRequest) -> tuple[Any, nn.Module]:
 
 def test_a_good_teacher_passes(models) -> None:
     check_teacher(models[0])
+
+
+def test_a_teacher_is_checked_with_two_conditions(models) -> None:
+    teacher, _ = models
+    with pytest.raises(ValueError, match="condition must be 2 different ones, got 3"):
+        check_teacher(teacher, Labels.balanced(3, teacher.num_classes))
 
 
 def test_a_good_student_passes(models) -> None:
@@ -203,7 +209,7 @@ class RelabelsImages(Wrapped):
 
 class OneClassForAll(RelabelsImages):
     def label(self, condition: Condition) -> Condition:
-        return Condition(condition.label_B.clamp(min=1) // self.num_classes * self.num_classes, self.num_classes)
+        return Labels(condition.label_B.clamp(min=1) // self.num_classes * self.num_classes, self.num_classes)
 
 
 class NoClassAtAll(RelabelsImages):
@@ -213,7 +219,7 @@ class NoClassAtAll(RelabelsImages):
 
 class NullIsAClass(RelabelsImages):
     def label(self, condition: Condition) -> Condition:
-        return Condition(condition.label_B % self.num_classes, self.num_classes)
+        return Labels(condition.label_B % self.num_classes, self.num_classes)
 
 
 class OtherGuidance(Wrapped):
@@ -323,8 +329,8 @@ BROKEN_TEACHERS = {
     IgnoresThePrefixUnguided: r"a prefix must count .* with Guidance\(scale=1.0",
     TakesAnyPrefix: r"start must raise ValueError for a prefix of \d+ tokens, which leaves no block to predict",
     StumblesOverAPrefix: r"leaves no block to predict, but it raised IndexError\('out of range'\)",
-    OneClassForAll: "the logits of classes 0 and 1 must differ",
-    NoClassAtAll: r"the logits of a class must differ from those of condition.null\(\)",
+    OneClassForAll: "the logits of two classes or captions must differ",
+    NoClassAtAll: r"the logits of a class or caption must differ from those of condition.null\(\)",
     NullIsAClass: r"guidance of scale 0 must give the logits of condition.null\(\)",
     GuidanceIgnored: r"guidance of scale 0 must give the logits of condition.null\(\)",
     RampIgnored: r"forced_logits with .*linear.* must be cond \+ \(scale - 1\) \* \(cond - uncond\), but they differ",

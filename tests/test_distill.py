@@ -7,7 +7,7 @@ import torch
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.distill import (
     DistillSettings,
     Update,
@@ -61,7 +61,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
         pipe.teacher, pipe.new_student(0), shard, settings, 16, tmp_path / "s.safetensors", lambda u: True
     )
     trained = pipe.with_student(student, settings.start_blocks, split_block=16)
-    condition = Condition(shard.label_N, 3)
+    condition = Labels(shard.label_N, 3)
     expected = lookup(shard.token_NL, pipe.teacher.codebook)
     for schedule in ((0,), (0, 8)):
         assert torch.equal(trained.codes(Plan(schedule), condition, shard.key_N), expected)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distilled_decoding.checkpoint import fingerprint
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.evaluate import (
     Evaluation,
     EvaluationSettings,
@@ -77,7 +77,7 @@ class StubPipeline:
             yield to_uint8(self.teacher.decode(self.teacher.codebook[token_BL]))
 
     def shard(self, num=300):
-        condition, key_N = Condition.balanced(num, CLASSES), image_keys("trajectories", 0, range(num))
+        condition, key_N = Labels.balanced(num, CLASSES), image_keys("trajectories", 0, range(num))
         return Shard(self.tokens(condition, key_N), condition.label_B, key_N)
 
 
@@ -118,7 +118,7 @@ def test_every_method_of_a_real_pipeline_is_measured(classifier, reference, tmp_
 def test_results_are_what_measuring_all_images_at_once_gives(classifier, reference, tmp_path):
     pipeline = StubPipeline()
     result = of(run(pipeline, classifier, reference, tmp_path), "teacher")[1]
-    condition, key_B = Condition.balanced(100, CLASSES), image_keys("evaluation", 1, range(100))
+    condition, key_B = Labels.balanced(100, CLASSES), image_keys("evaluation", 1, range(100))
     image_NCHW = to_uint8(pipeline.teacher.decode(pipeline.teacher.codebook[pipeline.tokens(condition, key_B)]))
     whole = real_statistics(classifier, image_NCHW)
     assert result.frechet_distance == pytest.approx(frechet_distance(whole, reference), rel=1e-3)

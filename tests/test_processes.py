@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distilled_decoding import cli
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
 from tests import tiny
 
@@ -79,12 +79,12 @@ def test_a_stopped_distillation_goes_on(model: Path, tmp_path: Path, monkeypatch
 HALF = """
 import sys
 import numpy as np, torch
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 model, out, first, end = sys.argv[1:]
 pipeline, part = Pipeline.from_pretrained(model), slice(int(first), int(end))
-condition, key_N = Condition.balanced(16, 3)[part], image_keys("sampling", 0, range(16))[part]
+condition, key_N = Labels.balanced(16, 3)[part], image_keys("sampling", 0, range(16))[part]
 np.save(out, torch.cat(list(pipeline.images(pipeline.plan(2), condition, key_N))).numpy())
 """
 
@@ -96,6 +96,6 @@ def test_two_processes_make_the_images_of_one(model: Path, tmp_path: Path) -> No
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
     pipeline = tiny.pipeline()
-    condition, key_N = Condition.balanced(16, 3), image_keys("sampling", 0, range(16))
+    condition, key_N = Labels.balanced(16, 3), image_keys("sampling", 0, range(16))
     whole = torch.cat(list(pipeline.images(pipeline.plan(2), condition, key_N))).numpy()
     assert np.array_equal(np.concatenate([np.load(part) for part in parts]), whole)

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.sampling import Plan, check_plan, sample, spread_schedule
 from distilled_decoding.teacher import by_flow, rollout
 from tests import tiny
 
 PIPE = tiny.pipeline()
-CONDITION = Condition.balanced(6, 3)
+CONDITION = Labels.balanced(6, 3)
 KEY_B = image_keys("sampling", 0, range(6))
 
 

@@ -3,7 +3,7 @@ import torch
 from scipy import stats
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.teacher import (
@@ -93,7 +93,7 @@ def test_draws_are_as_frequent_as_p_and_never_where_p_is_zero() -> None:
 def test_two_tokens_are_distributed_as_the_teacher_says(how: str) -> None:
     """The joint of two tokens, guidance and top-k included: the map is exact along the sequence too."""
     teacher, num = tiny.teacher(), 20_000
-    condition = Condition(torch.full((num,), 1), 3)
+    condition = Labels(torch.full((num,), 1), 3)
     key_B = image_keys("sampling", 0, range(num))
     noise_BLC = gaussian_noise(key_B, 16, 4)
     flow = by_flow(teacher.order, noise_BLC, teacher.codebook, FlowSettings(num_steps=40))
@@ -114,7 +114,7 @@ def test_two_tokens_are_distributed_as_the_teacher_says(how: str) -> None:
 
 
 def test_a_prefix_is_kept_and_continued() -> None:
-    teacher, condition = tiny.teacher(), Condition.balanced(4, 3)
+    teacher, condition = tiny.teacher(), Labels.balanced(4, 3)
     noise_BLC = gaussian_noise(image_keys("sampling", 0, range(4)), 16, 4)
     choose = by_flow(teacher.order, noise_BLC, teacher.codebook, tiny.FLOW)
     whole_BL = rollout(teacher, condition, tiny.SAMPLING, choose)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import by_flow, rollout
@@ -21,7 +21,7 @@ def test_a_trajectory_is_the_flow_map_of_its_own_noise(tmp_path: Path) -> None:
     shard = tiny.store(tmp_path, PIPE, num=8).load()
     noise_BLC = gaussian_noise(image_keys("trajectories", 0, range(8)), 16, 4)
     choose = by_flow(PIPE.teacher.order, noise_BLC, PIPE.teacher.codebook, tiny.FLOW)
-    token_BL = rollout(PIPE.teacher, Condition.balanced(8, 3), tiny.SAMPLING, choose)
+    token_BL = rollout(PIPE.teacher, Labels.balanced(8, 3), tiny.SAMPLING, choose)
     assert torch.equal(shard.token_NL, token_BL)
     assert shard.label_N.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 

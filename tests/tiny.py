@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from distilled_decoding.families import family as family_of
+from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
+from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
 from distilled_decoding.families.var import tokenizer as var_tokenizer
 from distilled_decoding.families.var import transformer as var_transformer
+from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig
 from distilled_decoding.metrics.frechet import Statistics
@@ -46,7 +48,7 @@ def teacher() -> LlamaGenTeacher:
     return LlamaGenTeacher(tokenizer, transformer).eval().requires_grad_(False)
 
 
-def var_teacher() -> var_transformer.VARTeacher:
+def var_teacher() -> VARTeacher:
     """Four scales of 1, 4, 9 and 16 tokens."""
     scales = (1, 2, 3, 4)
     with torch.random.fork_rng():
@@ -66,7 +68,7 @@ def var_teacher() -> var_transformer.VARTeacher:
         transformer = var_transformer.Transformer(var_transformer.TransformerConfig(**sizes, patch_nums=scales))
         torch.nn.init.normal_(transformer.head.weight, std=0.5)
         torch.nn.init.normal_(transformer.class_emb.weight)
-    return var_transformer.VARTeacher(tokenizer, transformer).eval().requires_grad_(False)
+    return VARTeacher(tokenizer, transformer).eval().requires_grad_(False)
 
 
 def pipeline(student: bool = True, family: str = "llamagen") -> Pipeline:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distilled_decoding import zoo
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.families import family
 from distilled_decoding.images import grid, to_uint8
 from distilled_decoding.metrics.frechet import frechet_distance
@@ -78,7 +78,7 @@ def main(settings: Settings) -> None:
     if settings.model is None:
         return
     pipe = Pipeline.from_pretrained(settings.model)
-    condition = Condition.balanced(settings.num, pipe.num_classes)
+    condition = Labels.balanced(settings.num, pipe.num_classes)
     # Another domain than that of the final measurements.
     key_N = image_keys("sampling", 0, range(settings.num))
     for scale in settings.guidance_scales:

@@ -19,7 +19,7 @@ from training import cosine, run, start
 
 from distilled_decoding.checkpoint import load_tensors, save_component, save_json, save_tensors
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.families import family
 from distilled_decoding.families.llamagen import transformer as llamagen
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
@@ -119,7 +119,7 @@ def main(settings: Settings) -> None:
         token_BL, label_B = token_NL[index], label_N[index]
         label_B = torch.where(torch.rand(len(label_B)) < settings.label_dropout, len(CLASSES), label_B)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            logits_BLV = compiled(forced_input(tokenizer, token_BL), Condition(label_B, len(CLASSES)))
+            logits_BLV = compiled(forced_input(tokenizer, token_BL), Labels(label_B, len(CLASSES)))
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), token_BL.flatten())
         optimizer.zero_grad()
         loss.backward()

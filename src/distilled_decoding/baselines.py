@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.noise import uniform
 from distilled_decoding.pipeline import Pipeline, to_uint8
 from distilled_decoding.store import Shard
@@ -62,7 +62,7 @@ class OneStep:
         count = torch.bincount((row_NL * vocab_size + shard.token_NL).flatten(), minlength=torch.Size(shape).numel())
         return cls(torch.nn.functional.normalize(count.view(shape).float(), p=1, dim=-1))
 
-    def draw(self, condition: Condition, key_B: Tensor) -> Tensor:
+    def draw(self, condition: Labels, key_B: Tensor) -> Tensor:
         """Draw every position from its class's own frequency.
 
         Args:
@@ -78,7 +78,7 @@ class OneStep:
 
 
 @torch.no_grad()
-def onestep_images(pipeline: Pipeline, baseline: OneStep, condition: Condition, key_B: Tensor) -> Iterator[Tensor]:
+def onestep_images(pipeline: Pipeline, baseline: OneStep, condition: Labels, key_B: Tensor) -> Iterator[Tensor]:
     """The baseline's images through the pipeline's decoder, as `Pipeline.images` gives them."""
     for index_B in torch.arange(len(condition)).split(pipeline.config.micro_batch):
         token_BL = baseline.draw(condition[index_B], key_B[index_B]).to(pipeline.device)

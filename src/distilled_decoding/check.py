@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.losses import corrupt
 from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.student import StudentOutput
@@ -33,11 +33,15 @@ _MAX_CODES = 2**16
 _PLAIN = Guidance()
 
 
-def check_teacher(teacher: Teacher) -> None:
+def check_teacher(teacher: Teacher, condition: Condition | None = None) -> None:
     """Check that a teacher keeps the promises of `Teacher`.
 
     It is checked in evaluation mode, where its codebook is. Its weights, its mode and torch's generators are left
     as they were.
+
+    Args:
+        teacher: the model.
+        condition: two different captions for a teacher that reads captions; None gives classes, in turn.
 
     Raises:
         ValueError: names the first promise that is broken.
@@ -45,6 +49,10 @@ def check_teacher(teacher: Teacher) -> None:
     with _undisturbed(teacher), torch.no_grad():
         for check in TEACHER_CHECKS:
             check(teacher)
+        condition = _labels(teacher) if condition is None else condition.to(teacher.codebook.device)
+        _expect(len(condition) == _BATCH, f"condition must be {_BATCH} different ones, got {len(condition)}")
+        for check_with in CONDITIONED_CHECKS:
+            check_with(teacher, condition)
 
 
 def check_student(student: nn.Module, teacher: Teacher) -> None:
@@ -101,8 +109,13 @@ def _keys(teacher: Teacher) -> Tensor:
     return image_keys("evaluation", 0, range(_BATCH)).to(teacher.codebook.device)
 
 
-def _condition(teacher: Teacher) -> Condition:
-    return Condition.balanced(_BATCH, teacher.num_classes).to(teacher.codebook.device)
+def _labels(teacher: Teacher) -> Labels:
+    _expect(
+        teacher.num_classes >= 1,
+        "num_classes must be an integer of at least 1 (a teacher without classes has one, and one that reads captions "
+        f"is checked with a `condition`), got {teacher.num_classes}",
+    )
+    return Labels.balanced(_BATCH, teacher.num_classes).to(teacher.codebook.device)
 
 
 def _tokens(teacher: Teacher) -> Tensor:
@@ -131,11 +144,13 @@ def _forced(teacher: Teacher, token_BL: Tensor, condition: Condition, guidance: 
     return logits_BLV
 
 
-def _sampled(teacher: Teacher, guidance: Guidance, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
+def _sampled(
+    teacher: Teacher, condition: Condition, guidance: Guidance, first: int, end: int
+) -> Iterator[tuple[int, Tensor]]:
     """Each of the blocks first..end-1 with its checked `next_logits` [B, K, V], behind a prefix unless `first` is 0."""
     order, token_BL = teacher.order, _tokens(teacher)
     prefix_BL = token_BL[:, : order.tokens_before(first)] if first else None
-    state = teacher.start(_condition(teacher), guidance, prefix_BL)
+    state = teacher.start(condition, guidance, prefix_BL)
     for block in range(first, end):
         logits_BKV = teacher.next_logits(state)
         shape = (_BATCH, order.sizes[block], len(teacher.codebook))
@@ -154,8 +169,8 @@ def _teacher_has_blocks_codes_and_classes(teacher: Teacher) -> None:
     order, codebook, num_classes = teacher.order, teacher.codebook, teacher.num_classes
     _expect(isinstance(order, BlockOrder), f"order must be a BlockOrder, got {order!r}")
     _expect(
-        isinstance(num_classes, int) and num_classes >= 1,
-        f"num_classes must be an integer of at least 1 (a teacher without classes has one), got {num_classes!r}",
+        isinstance(num_classes, int) and num_classes >= 0,
+        f"num_classes must be an integer that is not negative, got {num_classes!r}",
     )
     shape = tuple(codebook.shape) if isinstance(codebook, Tensor) else ()
     _expect(
@@ -165,15 +180,15 @@ def _teacher_has_blocks_codes_and_classes(teacher: Teacher) -> None:
     _expect_tensor(codebook, shape, "codebook")
 
 
-def _teacher_repeats_itself(teacher: Teacher) -> None:
-    token_BL, condition = _tokens(teacher), _condition(teacher)
+def _teacher_repeats_itself(teacher: Teacher, condition: Condition) -> None:
+    token_BL = _tokens(teacher)
     first_BLV, second_BLV = _forced(teacher, token_BL, condition), _forced(teacher, token_BL, condition)
     promise = "forced_logits must give the same logits again (is there dropout in evaluation mode?), but"
     _expect_close(second_BLV, first_BLV, _SAME, promise)
 
 
-def _teacher_sees_earlier_blocks_only(teacher: Teacher) -> None:
-    order, token_BL, condition = teacher.order, _tokens(teacher), _condition(teacher)
+def _teacher_sees_earlier_blocks_only(teacher: Teacher, condition: Condition) -> None:
+    order, token_BL = teacher.order, _tokens(teacher)
     before_BLV, vocab_size = _forced(teacher, token_BL, condition), len(teacher.codebook)
     for block in _blocks(order):
         span, changed_BL = order.span(block), token_BL.clone()
@@ -190,34 +205,34 @@ def _teacher_sees_earlier_blocks_only(teacher: Teacher) -> None:
         )
 
 
-def _teacher_samples_what_it_forces(teacher: Teacher) -> None:
-    order, token_BL, condition = teacher.order, _tokens(teacher), _condition(teacher)
+def _teacher_samples_what_it_forces(teacher: Teacher, condition: Condition) -> None:
+    order, token_BL = teacher.order, _tokens(teacher)
     for guidance in _guidances(order):
         forced_BLV = _forced(teacher, token_BL, condition, guidance)
-        for block, logits_BKV in _sampled(teacher, guidance, 0, min(order.num_blocks, _RUN)):
+        for block, logits_BKV in _sampled(teacher, condition, guidance, 0, min(order.num_blocks, _RUN)):
             promise = f"next_logits must equal forced_logits, but at block {block} with {guidance}"
             _expect_close(logits_BKV, forced_BLV[:, order.span(block)], _ROUNDING, promise)
 
 
-def _teacher_takes_a_prefix_as_fed(teacher: Teacher) -> None:
-    order, token_BL, condition = teacher.order, _tokens(teacher), _condition(teacher)
+def _teacher_takes_a_prefix_as_fed(teacher: Teacher, condition: Condition) -> None:
+    order, token_BL = teacher.order, _tokens(teacher)
     for guidance in (_PLAIN, Guidance(3.0)):
         forced_BLV = _forced(teacher, token_BL, condition, guidance)
         for first in _blocks(order)[1:]:
-            for block, logits_BKV in _sampled(teacher, guidance, first, min(first + 2, order.num_blocks)):
+            for block, logits_BKV in _sampled(teacher, condition, guidance, first, min(first + 2, order.num_blocks)):
                 promise = f"a prefix must count as if it had been fed, but at block {block}, behind a prefix of {first}"
                 promise += f" blocks with {guidance}, next_logits are not forced_logits:"
                 _expect_close(logits_BKV, forced_BLV[:, order.span(block)], _ROUNDING, promise)
 
 
-def _teacher_refuses_other_prefixes(teacher: Teacher) -> None:
+def _teacher_refuses_other_prefixes(teacher: Teacher, condition: Condition) -> None:
     order = teacher.order
     wrong = {order.length: "leaves no block to predict"}
     wrong |= {order.starts[b] + 1: f"ends inside block {b}" for b in _blocks(order) if order.sizes[b] > 1}
     for length, why in wrong.items():
         raised: Exception | None = None
         try:
-            teacher.start(_condition(teacher), _PLAIN, _tokens(teacher)[:, :length])
+            teacher.start(condition, _PLAIN, _tokens(teacher)[:, :length])
         except Exception as error:
             raised = error
         _expect(
@@ -226,25 +241,23 @@ def _teacher_refuses_other_prefixes(teacher: Teacher) -> None:
         )
 
 
-def _teacher_knows_its_condition(teacher: Teacher) -> None:
-    token_BL, condition = _tokens(teacher), _condition(teacher)
+def _teacher_knows_its_condition(teacher: Teacher, condition: Condition) -> None:
+    token_BL = _tokens(teacher)
     cond_BLV, null_BLV = _forced(teacher, token_BL, condition), _forced(teacher, token_BL, condition.null())
     without_BLV = _forced(teacher, token_BL, condition, Guidance(0.0))
     promise = "guidance of scale 0 must give the logits of condition.null(), but"
     _expect_close(without_BLV, null_BLV, _ROUNDING, promise)
     # A teacher of one class may take it for its null.
-    if teacher.num_classes > 1:
-        same = torch.zeros_like(condition.label_B)
+    if teacher.num_classes != 1:
         apart = (cond_BLV != null_BLV).flatten(1).any(1).all()
-        _expect(apart, "the logits of a class must differ from those of condition.null(), but are the same")
-        twin_BLV = _forced(teacher, token_BL[same], condition)
-        _expect(
-            not torch.equal(twin_BLV[0], twin_BLV[1]), "the logits of classes 0 and 1 must differ, but are the same"
-        )
+        _expect(apart, "the logits of a class or caption must differ from those of condition.null(), but are the same")
+        twin_BLV = _forced(teacher, token_BL[torch.zeros_like(token_BL[:, 0])], condition)
+        differ = not torch.equal(twin_BLV[0], twin_BLV[1])
+        _expect(differ, "the logits of two classes or captions must differ, but are the same")
 
 
-def _teacher_guides_as_documented(teacher: Teacher) -> None:
-    order, token_BL, condition = teacher.order, _tokens(teacher), _condition(teacher)
+def _teacher_guides_as_documented(teacher: Teacher, condition: Condition) -> None:
+    order, token_BL = teacher.order, _tokens(teacher)
     cond_BLV, null_BLV = _forced(teacher, token_BL, condition), _forced(teacher, token_BL, condition.null())
     for guidance in _guidances(order):
         scale_L = guidance.at_tokens(order, token_BL.device)
@@ -254,9 +267,9 @@ def _teacher_guides_as_documented(teacher: Teacher) -> None:
         _expect_close(guided_BLV, expected_BLV, _ROUNDING, promise)
 
 
-def _teacher_keeps_images_apart(teacher: Teacher) -> None:
-    token_BL, condition = _tokens(teacher), _condition(teacher)
-    itself = torch.zeros_like(condition.label_B)
+def _teacher_keeps_images_apart(teacher: Teacher, condition: Condition) -> None:
+    token_BL = _tokens(teacher)
+    itself = torch.zeros_like(token_BL[:, 0])
     promise = "an image must not depend on the others in its batch, but beside another one"
     beside_LV = _forced(teacher, token_BL, condition)[0]
     alone_LV = _forced(teacher, token_BL[itself], condition[itself])[0]
@@ -296,6 +309,11 @@ def _teacher_encodes(teacher: Teacher) -> None:
 TEACHER_CHECKS = (
     _teacher_is_complete,
     _teacher_has_blocks_codes_and_classes,
+    _teacher_decodes,
+    _teacher_encodes,
+)
+
+CONDITIONED_CHECKS = (
     _teacher_repeats_itself,
     _teacher_sees_earlier_blocks_only,
     _teacher_samples_what_it_forces,
@@ -303,19 +321,17 @@ TEACHER_CHECKS = (
     _teacher_refuses_other_prefixes,
     _teacher_knows_its_condition,
     _teacher_guides_as_documented,
-    _teacher_decodes,
     _teacher_keeps_images_apart,
-    _teacher_encodes,
 )
 
 
-def _inputs(teacher: Teacher) -> tuple[Tensor, Condition, Tensor]:
+def _inputs(teacher: Teacher) -> tuple[Tensor, Labels, Tensor]:
     """What a student reads: an image of pure noise, and one of which the first half of the blocks is known."""
     order = teacher.order
     known_blocks_B = torch.tensor([0, (order.num_blocks + 1) // 2], device=teacher.codebook.device)
     code_BLC = lookup(_tokens(teacher), teacher.codebook)
     x_BLC = corrupt(_noise(teacher), code_BLC, order.known_BL(known_blocks_B))
-    return x_BLC, _condition(teacher), known_blocks_B
+    return x_BLC, _labels(teacher), known_blocks_B
 
 
 def _stirred(student: nn.Module) -> dict[str, Tensor]:
@@ -398,7 +414,7 @@ def _student_is_told_what_is_known(student: nn.Module, teacher: Teacher) -> None
 def _student_knows_its_condition(student: nn.Module, teacher: Teacher) -> None:
     weights, (x_BLC, condition, known_blocks_B) = _stirred(student), _inputs(teacher)
     own = functional_call(student, weights, (x_BLC, condition, known_blocks_B))
-    swapped = Condition(condition.label_B.flip(0), condition.num_classes)
+    swapped = condition[torch.tensor([1, 0])]
     other = functional_call(student, weights, (x_BLC, swapped, known_blocks_B))
     # With one class the two conditions are the same.
     told = teacher.num_classes == 1 or _differ(own, other)

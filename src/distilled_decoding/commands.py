@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distilled_decoding import trajectories, zoo
 from distilled_decoding.checkpoint import save_json, save_text
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, markdown_table, summary
 from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
@@ -78,7 +78,7 @@ def sample_images(
     check_suffix(picture, ".png")
     check_suffix(npz, ".npz")
     labels = run.labels or tuple(range(pipeline.num_classes))
-    condition = Condition.labels([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
+    condition = Labels.checked([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
     plan = pipeline.plan(run.steps, run.schedule, run.teacher_span)
     if out is not None:
         settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}

@@ -1,18 +1,65 @@
-"""What an image is asked to show: one class label per image, with the null label that guidance needs.
+"""What an image is asked to show: a class label or a caption, with the null that guidance needs.
 
-Axis letters: B batch.
+Axis letters: B batch, T caption positions, F caption feature channels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
+class Condition(ABC):
+    """A batch of conditions, one an image: all that the method needs to know of them.
+
+    `len(condition)` is the batch size; indexing selects images.
+    """
+
+    @classmethod
+    def require(cls, condition: "Condition") -> Self:
+        """The condition itself, which must be of this kind for the model that asks.
+
+        Raises:
+            ValueError: the condition is of another kind.
+        """
+        if not isinstance(condition, cls):
+            raise ValueError(f"this model reads {cls.__name__}, got {type(condition).__name__}; give {cls.__name__}")
+        return condition
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, conditions: Sequence[Self]) -> Self:
+        """Several batches as one, in order.
+
+        Raises:
+            ValueError: the conditions are not for one and the same model.
+        """
+
+    @abstractmethod
+    def null(self) -> Self:
+        """As many null conditions."""
+
+    def with_null(self) -> Self:
+        """This batch followed by its null, length 2B: what one guided pass of a teacher reads."""
+        return self.cat([self, self.null()])
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """The same condition on another device."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: slice | Tensor) -> Self: ...
+
+
 @dataclass(frozen=True, eq=False)
-class Condition:
-    """A batch of class labels. `len(condition)` is the batch size; indexing selects images.
+class Labels(Condition):
+    """A batch of class labels.
 
     Attributes:
         label_B: int64 class of each image; `num_classes` stands for "no class".
@@ -23,8 +70,8 @@ class Condition:
     num_classes: int
 
     @classmethod
-    def labels(cls, labels: Sequence[int] | Tensor, num_classes: int) -> "Condition":
-        """Checked labels as a condition.
+    def checked(cls, labels: Sequence[int] | Tensor, num_classes: int) -> Self:
+        """Labels that a user gave.
 
         Raises:
             ValueError: a label is outside 0..num_classes-1, or the labels are not one flat sequence.
@@ -38,36 +85,106 @@ class Condition:
         return cls(label_B, num_classes)
 
     @classmethod
-    def balanced(cls, num: int, num_classes: int) -> "Condition":
+    def balanced(cls, num: int, num_classes: int) -> Self:
         """The labels in turn, 0, 1, ..., num_classes-1, 0, 1, ..., until there are `num`."""
         return cls(torch.arange(num) % num_classes, num_classes)
 
     @classmethod
-    def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
-        """Several batches as one, in order.
-
-        Raises:
-            ValueError: the conditions do not share one set of classes.
-        """
+    def cat(cls, conditions: Sequence[Self]) -> Self:
+        """See `Condition.cat`; all must have one number of classes."""
         classes = {condition.num_classes for condition in conditions}
         if len(classes) != 1:
             raise ValueError(f"conditions to join must share one num_classes, got {sorted(classes)}")
         return cls(torch.cat([condition.label_B for condition in conditions]), classes.pop())
 
-    def null(self) -> "Condition":
-        """As many null conditions."""
-        return Condition(torch.full_like(self.label_B, self.num_classes), self.num_classes)
+    def null(self) -> Self:
+        """See `Condition.null`."""
+        return replace(self, label_B=torch.full_like(self.label_B, self.num_classes))
 
-    def with_null(self) -> "Condition":
-        """This batch followed by its null, length 2B: what one guided pass of a teacher reads."""
-        return Condition.cat([self, self.null()])
-
-    def to(self, device: torch.device | str) -> "Condition":
-        """The same condition on another device."""
-        return Condition(self.label_B.to(device), self.num_classes)
+    def to(self, device: torch.device | str) -> Self:
+        """See `Condition.to`."""
+        return replace(self, label_B=self.label_B.to(device))
 
     def __len__(self) -> int:
         return len(self.label_B)
 
-    def __getitem__(self, index: slice | Tensor) -> "Condition":
-        return Condition(self.label_B[index], self.num_classes)
+    def __getitem__(self, index: slice | Tensor) -> Self:
+        return replace(self, label_B=self.label_B[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Captions(Condition):
+    """A batch of captions as a text encoder's features, their text at the end of the positions.
+
+    A null caption keeps the mask of the caption that it stands for; in place of features the model reads its own
+    embedding of "no caption".
+
+    Attributes:
+        feature_BTF: floating point features; those of padding and of null captions have no influence.
+        mask_BT: bool, where there is text; the rest is padding.
+        null_B: bool, which captions are null.
+
+    Raises:
+        ValueError: tensors of other shapes or types.
+    """
+
+    feature_BTF: Tensor
+    mask_BT: Tensor
+    null_B: Tensor
+
+    def __post_init__(self) -> None:
+        feature_BTF, mask_BT, null_B = self.feature_BTF, self.mask_BT, self.null_B
+        if feature_BTF.ndim != 3 or not feature_BTF.is_floating_point():
+            raise ValueError(f"caption features must be floating point [B, T, F], got {_described(feature_BTF)}")
+        for name, value, shape in (("mask", mask_BT, feature_BTF.shape[:2]), ("null", null_B, feature_BTF.shape[:1])):
+            if value.shape != shape or value.dtype != torch.bool:
+                fits = f"bool {list(shape)} beside features {list(feature_BTF.shape)}"
+                raise ValueError(f"caption {name} must be {fits}, got {_described(value)}")
+
+    @classmethod
+    def right_padded(cls, feature_BTF: Tensor, mask_BT: Tensor) -> Self:
+        """Captions with their text in front, as text encoders give them; none is null.
+
+        Each is rotated so that its text comes last.
+
+        Raises:
+            ValueError: tensors of other shapes or types, or a mask with text behind padding.
+        """
+        given = cls(feature_BTF, mask_BT, mask_BT.new_zeros(len(mask_BT)))
+        wrong_N = (mask_BT[:, 1:] & ~mask_BT[:, :-1]).any(1).nonzero()
+        if len(wrong_N):
+            raise ValueError(f"caption {int(wrong_N[0])} has text behind padding; give masks of text, then padding")
+        length_B1 = mask_BT.sum(1, keepdim=True)
+        index_BT = (torch.arange(mask_BT.shape[1], device=mask_BT.device) + length_B1) % mask_BT.shape[1]
+        feature_BTF = feature_BTF.gather(1, index_BT[..., None].expand_as(feature_BTF))
+        return replace(given, feature_BTF=feature_BTF, mask_BT=mask_BT.flip(1))
+
+    @classmethod
+    def cat(cls, conditions: Sequence[Self]) -> Self:
+        """See `Condition.cat`; all must have the same positions and channels."""
+        shapes = {tuple(condition.feature_BTF.shape[1:]) for condition in conditions}
+        if len(shapes) != 1:
+            raise ValueError(f"captions to join must share one shape [T, F], got {sorted(shapes)}")
+        return cls(
+            torch.cat([condition.feature_BTF for condition in conditions]),
+            torch.cat([condition.mask_BT for condition in conditions]),
+            torch.cat([condition.null_B for condition in conditions]),
+        )
+
+    def null(self) -> Self:
+        """See `Condition.null`."""
+        return replace(self, null_B=torch.ones_like(self.null_B))
+
+    def to(self, device: torch.device | str) -> Self:
+        """See `Condition.to`."""
+        return type(self)(self.feature_BTF.to(device), self.mask_BT.to(device), self.null_B.to(device))
+
+    def __len__(self) -> int:
+        return len(self.feature_BTF)
+
+    def __getitem__(self, index: slice | Tensor) -> Self:
+        return type(self)(self.feature_BTF[index], self.mask_BT[index], self.null_B[index])
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

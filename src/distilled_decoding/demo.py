@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distilled_decoding import commands, zoo
 from distilled_decoding.checkpoint import save_json, save_text
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.images import grid
 from distilled_decoding.metrics.frechet import frechet_distance
@@ -110,7 +110,7 @@ def _compare(shipped: Pipeline, fresh: Pipeline, num: int) -> list[dict[str, Any
 
 def _measure(row: _Row, num: int, bar: Bar, stop: StopSignal) -> dict[str, Any]:
     """Fréchet distance, class accuracy, milliseconds, and the first images of each class."""
-    condition = Condition.balanced(num, row.pipeline.num_classes)
+    condition = Labels.balanced(num, row.pipeline.num_classes)
     key_N = image_keys("evaluation", _SEED, range(num))
     kept: list[Tensor] = []
 

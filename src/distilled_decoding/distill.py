@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.checkpoint import load_training, save_training
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.losses import (
     ImageDistance,
     Losses,
@@ -186,7 +186,7 @@ def batch_loss(
     code_BLC = lookup(token_BL, codebook_VC)
     noise_BLC = gaussian_noise(batch.key_N.to(device), order.length, codebook_VC.shape[1])
     known_BL = order.known_BL(known_blocks_B)
-    condition = Condition(batch.label_N, teacher.num_classes).to(device)
+    condition = Labels(batch.label_N, teacher.num_classes).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16), _attention(device):
         output = student(corrupt(noise_BLC, code_BLC, known_BL), condition, known_blocks_B)
     perceptual = None

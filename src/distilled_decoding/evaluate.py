@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distilled_decoding.baselines import OneStep, onestep_images
 from distilled_decoding.checkpoint import load_json, load_tensors, save_json, save_tensors
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.metrics.features import Classifier
 from distilled_decoding.metrics.frechet import Statistics, frechet_distance
 from distilled_decoding.metrics.reference import Measured, check_reference, measure
@@ -112,7 +112,7 @@ class Evaluation:
 class _Method:
     """A way to make uint8 images [B, C, H, W] batch by batch, and everything that determines them."""
 
-    images: Callable[[Condition, Tensor], Iterator[Tensor]]
+    images: Callable[[Labels, Tensor], Iterator[Tensor]]
     made_from: dict[str, Any]
 
 
@@ -151,7 +151,7 @@ def evaluate(
         ValueError: model, classifier, reference, methods and what is in `out` do not fit each other.
     """
     check_reference(reference, classifier, pipeline.num_classes)
-    condition = Condition.balanced(settings.num, pipeline.num_classes)
+    condition = Labels.balanced(settings.num, pipeline.num_classes)
     shared = {"num": settings.num, "keep": settings.keep, "extractor": reference.extractor}
     methods = {name: _method(pipeline, name, shard, shared) for name in settings.methods}
     keys = [(name, seed) for name in settings.methods for seed in settings.seeds]
@@ -221,7 +221,7 @@ def _method(pipeline: Pipeline, name: str, shard: Shard | None, shared: Mapping[
 
 
 def _measure(
-    path: Path, seed: int, method: _Method, condition: Condition, classifier: Classifier, progress: Progress
+    path: Path, seed: int, method: _Method, condition: Labels, classifier: Classifier, progress: Progress
 ) -> _Run:
     """Sample, score and save one run; its JSON goes last, so that half a run is never taken for one."""
     num, keep = len(condition), method.made_from["keep"]

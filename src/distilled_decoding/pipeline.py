@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distilled_decoding.card import model_card
 from distilled_decoding.checkpoint import fingerprint, load_json, save_json, save_text, sha256
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.convert import read_parts
 from distilled_decoding.families import family
 from distilled_decoding.hub import create_repository, upload
@@ -265,7 +265,7 @@ class Pipeline:
             ValueError: no label, a label or plan that does not exist, or not as many seeds as labels.
         """
         plan = self.plan(steps, schedule, teacher_span)
-        condition = Condition.labels(labels, self.num_classes)
+        condition = Labels.checked(labels, self.num_classes)
         if not len(condition):
             raise ValueError("labels is empty; give one for each image")
         seeds = range(len(condition)) if seeds is None else seeds

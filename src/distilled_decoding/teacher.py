@@ -110,7 +110,7 @@ class Teacher(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes a condition may name."""
+        """Number of classes a condition may name; 0 if it reads captions."""
         ...
 
     def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> Any:

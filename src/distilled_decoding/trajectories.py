@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.store import Shard, TrajectoryStore
@@ -62,7 +62,7 @@ def _tokens(teacher: Teacher, settings: TrajectorySettings, indices: range, devi
     label_B = torch.tensor(indices) % teacher.num_classes
     noise_BLC = gaussian_noise(key_B.to(device), teacher.order.length, teacher.codebook.shape[1])
     choose = by_flow(teacher.order, noise_BLC, teacher.codebook, settings.flow)
-    condition = Condition(label_B, teacher.num_classes).to(device)
+    condition = Labels(label_B, teacher.num_classes).to(device)
     token_BL = rollout(teacher, condition, settings.sampling, choose)
     return Shard(token_BL.cpu(), label_B, key_B)
 

@@ -6,18 +6,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Captions, Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
+from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
+from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
 from tests.golden import Case
 
 
 def sizes(gpt: dict[str, Any]) -> dict[str, Any]:
-    assert gpt["multiple_of"] == 256 and gpt["cls_token_num"] == 1
+    assert gpt["multiple_of"] == 256 and gpt["cls_token_num"] == {"c2i": 1, "t2i": 120}[gpt["model_type"]]
     renamed = {"num_layers": "n_layer", "num_heads": "n_head", "num_tokens": "block_size"}
     same = ("dim", "vocab_size", "num_classes", "norm_eps", "rope_base")
-    return {ours: gpt[theirs] for ours, theirs in renamed.items()} | {name: gpt[name] for name in same}
+    ours = {name: gpt[theirs] for name, theirs in renamed.items()} | {name: gpt[name] for name in same}
+    if gpt["model_type"] == "t2i":
+        # The reference states classes here too, and does not use them.
+        ours |= {"num_classes": 0, "caption_tokens": gpt["cls_token_num"], "caption_dim": gpt["caption_dim"]}
+    return ours
 
 
 def transformer(case: Case) -> Transformer:
@@ -79,5 +84,12 @@ def excerpts(image_B3HW: Tensor) -> dict[str, Tensor]:
     return {"sub8": image_B3HW[:, :, ::8, ::8], "crop": patch}
 
 
-def labels(case: Case, num_classes: int) -> Condition:
-    return Condition(case.inputs["label"], num_classes)
+def labels(case: Case, num_classes: int) -> Labels:
+    return Labels(case.inputs["label"], num_classes)
+
+
+def captions(case: Case, masked: bool) -> Captions:
+    """The case's captions; unmasked, their padding is read as if it were text, as the reference does without a mask."""
+    feature_BTF = case.inputs["caption"]
+    mask_BT = case.inputs["emb_mask"].bool() if masked else torch.ones(feature_BTF.shape[:2], dtype=torch.bool)
+    return Captions(feature_BTF, mask_BT, torch.zeros(len(feature_BTF), dtype=torch.bool))

@@ -2,12 +2,14 @@ import pytest
 import torch
 
 from distilled_decoding import codebook
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
-from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer
+from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
+from distilled_decoding.families.llamagen.transformer import Transformer
 from distilled_decoding.student import StudentOutput, final_sequence, pass_known
 from tests.families.llamagen import reference
-from tests.families.llamagen.test_transformer import CONFIG, randomised, small_tokenizer
+from tests.families.llamagen.test_teacher import small_tokenizer
+from tests.families.llamagen.test_transformer import CAPTIONED, CONFIG, randomised
 from tests.golden import load_case
 
 
@@ -24,7 +26,7 @@ def student() -> LlamaGenStudent:
     return randomised(LlamaGenStudent(config))
 
 
-CONDITION = Condition.labels([4, 0, 2], 5)
+CONDITION = Labels.checked([4, 0, 2], 5)
 KNOWN_B = torch.tensor([0, 5, 16])
 
 
@@ -145,6 +147,12 @@ def test_from_teacher_fits_the_token_embeddings(teacher):
     student = LlamaGenStudent.from_teacher(teacher)
     torch.testing.assert_close(student.tok_embeddings(teacher.codebook), embedding, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(student.tok_embeddings.weight, weight_DC, rtol=1e-4, atol=1e-4)
+
+
+def test_from_teacher_refuses_a_teacher_of_captions():
+    teacher = LlamaGenTeacher(small_tokenizer(CAPTIONED.vocab_size), Transformer(CAPTIONED))
+    with pytest.raises(ValueError, match="reads class labels: give a teacher of classes, .* got 7"):
+        LlamaGenStudent.from_teacher(teacher)
 
 
 def test_both_heads_train_every_parameter(teacher):

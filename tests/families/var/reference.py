@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.families.var.checkpoint import from_published
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
+from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
-from distilled_decoding.families.var.transformer import Transformer, TransformerConfig, VARTeacher
+from distilled_decoding.families.var.transformer import Transformer, TransformerConfig
 from distilled_decoding.teacher import Guidance
 from tests.golden import Case
 
@@ -62,8 +63,8 @@ def teacher(case: Case, masked_prefix: bool = True) -> VARTeacher:
     return VARTeacher(tokenizer(case), model.eval(), masked_prefix)
 
 
-def labels(case: Case, num_classes: int) -> Condition:
-    return Condition(case.inputs["label"], num_classes)
+def labels(case: Case, num_classes: int) -> Labels:
+    return Labels(case.inputs["label"], num_classes)
 
 
 def guidance(case: Case) -> Guidance:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distilled_decoding import sampling
 from distilled_decoding.codebook import lookup, nearest
-from distilled_decoding.families.var.transformer import VARTeacher
+from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.noise import image_keys
 from distilled_decoding.sampling import Plan, Step, check_plan, sample

@@ -4,22 +4,17 @@ import pytest
 import torch
 
 from distilled_decoding import codebook
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
-from distilled_decoding.families.var.transformer import Transformer, VARTeacher
+from distilled_decoding.families.var.teacher import VARTeacher
+from distilled_decoding.families.var.transformer import Transformer
 from distilled_decoding.student import final_sequence, pass_known
 from tests.families.var import reference
-from tests.families.var.test_transformer import (
-    CONFIG,
-    LENGTH,
-    published_shapes,
-    published_sizes,
-    randomised,
-    small_tokenizer,
-)
+from tests.families.var.test_teacher import small_tokenizer
+from tests.families.var.test_transformer import CONFIG, LENGTH, published_shapes, published_sizes, randomised
 from tests.golden import load_case
 
-CONDITION = Condition.labels([4, 0, 2], 5)
+CONDITION = Labels.checked([4, 0, 2], 5)
 KNOWN_B = torch.tensor([0, 2, 4])
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 from distilled_decoding.families.family import Family
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
+from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
-from distilled_decoding.families.llamagen.transformer import LlamaGenTeacher, Transformer, TransformerConfig
+from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
 from distilled_decoding.families.published import Origin, Published, PublishedNames, Recognised
 
 

@@ -17,20 +17,28 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
 from distilled_decoding.families.layers import CodeHead
-from distilled_decoding.families.llamagen.transformer import (
-    Backbone,
-    LlamaGenTeacher,
-    TransformerConfig,
-    rope_table,
-)
+from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
+from distilled_decoding.families.llamagen.transformer import Backbone, TransformerConfig, rope_table
 from distilled_decoding.student import StudentOutput
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(TransformerConfig):
-    """Sizes of the student: the transformer's, and the number of code channels C."""
+    """Sizes of the student: the transformer's, and the number of code channels C.
+
+    Raises:
+        ValueError: as the transformer's, and for a transformer that reads captions.
+    """
 
     code_dim: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.caption_tokens:
+            raise ValueError(
+                "a LlamaGen student reads class labels: give a teacher of classes, with caption_tokens 0, "
+                f"got {self.caption_tokens}"
+            )
 
 
 class LlamaGenStudent(Backbone):
@@ -56,6 +64,9 @@ class LlamaGenStudent(Backbone):
         Args:
             teacher: left as it is; nothing is shared with it.
             seed: of the noise/data embedding, the only part that is random.
+
+        Raises:
+            ValueError: a teacher that reads captions.
         """
         transformer = teacher.transformer
         config = StudentConfig(**asdict(transformer.config), code_dim=teacher.codebook.shape[1])

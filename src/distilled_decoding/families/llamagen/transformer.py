@@ -1,25 +1,22 @@
-"""LlamaGen's class-conditional transformer and the teacher made of it and its tokenizer.
+"""LlamaGen's transformer, conditioned on a class or on a caption.
 
-One class position comes first, then the grid's tokens row by row. Attention is causal, and the output at a
-position predicts the token that follows it. Parameter names are those of the published files.
+The class position or the caption's positions come first, then the grid's tokens row by row. Attention is causal and
+leaves out a caption's padding, and the output at a position predicts the token that follows it. Parameter names are
+those of the published files.
 
-Axis letters: B batch, L positions or tokens, V codebook entries, C code channels, D width, H heads, E head
-channels.
+Axis letters: B batch, L positions or tokens, P positions of a whole sequence, T caption positions, F caption feature
+channels, V codebook entries, D width, H heads, E head channels.
 """
 
 import math
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Captions, Condition, Labels
 from distilled_decoding.families.layers import KVCache
-from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
-from distilled_decoding.teacher import Guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +29,15 @@ class TransformerConfig:
         num_heads: attention heads H; each takes dim / num_heads channels, a multiple of 4.
         vocab_size: codebook entries V.
         num_tokens: tokens of an image, a square number.
-        num_classes: classes; the embedding has one row more, for the null class.
+        num_classes: classes; the embedding has one row more, for the null class. 0 if captions are read instead.
         norm_eps: added to the mean square in the norms.
         rope_base: base of the position frequencies.
+        caption_tokens: positions T of a caption; 0 if classes are read.
+        caption_dim: channels F of a caption's features; 0 if classes are read.
 
     Raises:
-        ValueError: the tokens form no square grid, or the width does not divide into heads.
+        ValueError: the tokens form no square grid, the width does not divide into heads, or it is not clear whether
+            classes or captions are read.
     """
 
     dim: int
@@ -48,17 +48,30 @@ class TransformerConfig:
     num_classes: int
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
+    caption_tokens: int = 0
+    caption_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.grid**2 != self.num_tokens:
             raise ValueError(f"num_tokens must be a square number (the image's token grid), got {self.num_tokens}")
         if self.dim % (4 * self.num_heads):
             raise ValueError(f"dim must be a multiple of 4 * num_heads = {4 * self.num_heads}, got {self.dim}")
+        conditions = (self.num_classes > 0, self.caption_tokens > 0, self.caption_dim > 0)
+        if conditions not in ((True, False, False), (False, True, True)):
+            raise ValueError(
+                "give num_classes alone, or caption_tokens and caption_dim with num_classes 0, got "
+                f"num_classes {self.num_classes}, caption_tokens {self.caption_tokens}, caption_dim {self.caption_dim}"
+            )
 
     @property
     def grid(self) -> int:
         """Side of the token grid."""
         return math.isqrt(self.num_tokens)
+
+    @property
+    def condition_tokens(self) -> int:
+        """Positions in front of the image's tokens: those of a caption, or one for a class."""
+        return self.caption_tokens or 1
 
     @property
     def head_dim(self) -> int:
@@ -72,17 +85,17 @@ class TransformerConfig:
 
 
 def rope_table(config: TransformerConfig, device: torch.device | None = None) -> Tensor:
-    """Rotations of query and key channel pairs, complex64 [1 + L, E / 2].
+    """Rotations of query and key channel pairs, complex64 [P, E / 2].
 
-    The first half of the pairs turns with the token's row, the second with its column. The class position has
-    zeros, not the identity, as in the published models: its key vanishes, so that every token scores it 0.
+    The first half of the pairs turns with the token's row, the second with its column. The condition's positions
+    have zeros, not the identity, as in the published models: their keys vanish, so that every token scores them 0.
     """
     exponent = torch.arange(0, config.head_dim // 2, 2, device=device) / (config.head_dim // 2)
     angle = torch.outer(torch.arange(config.grid, device=device), config.rope_base**-exponent)
     row = angle[:, None].expand(-1, config.grid, -1)
     column = angle[None].expand(config.grid, -1, -1)
     angle_LE = torch.cat([row, column], dim=-1).flatten(0, 1)
-    return F.pad(torch.polar(torch.ones_like(angle_LE), angle_LE), (0, 0, 1, 0))
+    return F.pad(torch.polar(torch.ones_like(angle_LE), angle_LE), (0, 0, config.condition_tokens, 0))
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -98,6 +111,19 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def attention_mask(attended_BP: Tensor | None, first: int, end: int) -> Tensor | None:
+    """Which positions before `end` each of `first`..`end`-1 attends to, bool [B, 1, end - first, end].
+
+    It is those of `attended_BP` up to its own, and itself in any case: a row of padding would be empty otherwise.
+    None, which is all up to its own, stays None.
+    """
+    if attended_BP is None:
+        return None
+    key_P = torch.arange(end, device=attended_BP.device)
+    query_L1 = key_P[first:, None]
+    return ((key_P <= query_L1) & attended_BP[:, None, :end] | (key_P == query_L1))[:, None]
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotated queries and keys."""
 
@@ -108,7 +134,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: Tensor, rope: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None, layer: int, cache: KVCache | None) -> Tensor:
         """Several positions at once only at the start of a sequence; one at a time behind a cache."""
         qkv = self.wqkv(x_BLD).unflatten(-1, (3, self.num_heads, -1))
         query, key = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)
@@ -117,7 +143,8 @@ class Attention(nn.Module):
             key, value = cache.append(layer, key, value)
         positions = query.shape[2]
         assert positions in (1, key.shape[2])
-        out_BHLE = F.scaled_dot_product_attention(query, key, value, is_causal=positions > 1)
+        is_causal = mask is None and positions > 1
+        out_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
         return self.dropout(self.wo(out_BHLE.transpose(1, 2).flatten(2)))
 
 
@@ -146,9 +173,9 @@ class Layer(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BLD: Tensor, rope: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None, layer: int, cache: KVCache | None) -> Tensor:
         """`layer` is this layer's place in the cache."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, layer, cache)
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, mask, layer, cache)
         return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
 
 
@@ -161,26 +188,67 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, condition: Condition) -> Tensor:
         """The class position, [B, 1, D]."""
-        return self.embedding_table(condition.label_B)[:, None]
+        return self.embedding_table(Labels.require(condition).label_B)[:, None]
+
+
+class CaptionProjection(nn.Module):
+    """Two linear layers without biases, GELU between."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
+        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, feature_BTF: Tensor) -> Tensor:
+        """[B, T, F] -> [B, T, D], position by position."""
+        return self.fc2(F.gelu(self.fc1(feature_BTF), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """A caption's features, or the null caption's in their place, brought to the width of the transformer."""
+
+    uncond_embedding: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.cap_proj = CaptionProjection(config)
+        # Random and never trained, but a part of the model: a buffer in the published files too.
+        uncond_embedding = torch.randn(config.caption_tokens, config.caption_dim) / math.sqrt(config.caption_dim)
+        self.register_buffer("uncond_embedding", uncond_embedding)
+
+    def forward(self, condition: Condition) -> Tensor:
+        """The caption's positions, [B, T, D]."""
+        captions, null_TF = Captions.require(condition), self.uncond_embedding
+        if captions.feature_BTF.shape[1:] != null_TF.shape:
+            found, expected = list(captions.feature_BTF.shape[1:]), list(null_TF.shape)
+            raise ValueError(f"captions must have {expected} positions and channels for this model, got {found}")
+        # The null caption has features at padding too; there the mask alone leaves it out.
+        feature_BTF = captions.feature_BTF.to(null_TF.dtype).masked_fill(~captions.mask_BT[..., None], 0)
+        return self.cap_proj(torch.where(captions.null_B[:, None, None], null_TF, feature_BTF))
 
 
 class Backbone(nn.Module):
-    """What teacher and student share: class embedding, layers and logits head, but not how tokens come in."""
+    """What teacher and student share: the condition's embedding, layers and logits head, but not how tokens come in."""
 
     def __init__(self, config: TransformerConfig, dropout: float) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = LabelEmbedding(config)
+        self.cls_embedding = CaptionEmbedding(config) if config.caption_tokens else LabelEmbedding(config)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def run_layers(self, x_BLD: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states of consecutive positions, whose rotations are `rope`; `cache` grows by them."""
+    def run_layers(
+        self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Hidden states of consecutive positions, whose rotations are `rope`; `cache` grows by them.
+
+        `mask` is an `attention_mask`; without, every position attends to all up to its own.
+        """
         x_BLD = self.dropout(x_BLD)
         for index, layer in enumerate(self.layers):
-            x_BLD = layer(x_BLD, rope, index, cache)
+            x_BLD = layer(x_BLD, rope, mask, index, cache)
         if cache is not None:
             cache.length += x_BLD.shape[1]
         return x_BLD
@@ -200,7 +268,7 @@ class Backbone(nn.Module):
 
 
 class Transformer(Backbone):
-    """The class-conditional LlamaGen transformer.
+    """The LlamaGen transformer.
 
     Args:
         config: sizes.
@@ -213,8 +281,21 @@ class Transformer(Backbone):
         self.reset_parameters()
 
     def embed(self, token_BL: Tensor, condition: Condition) -> Tensor:
-        """The class position and the tokens behind it, [B, 1 + L, D]."""
+        """The condition's positions and the tokens behind them, [B, condition_tokens + L, D].
+
+        Raises:
+            ValueError: a condition of another kind than the model reads, or captions of another size.
+        """
         return torch.cat([self.cls_embedding(condition), self.tok_embeddings(token_BL)], dim=1)
+
+    def attended(self, condition: Condition) -> Tensor | None:
+        """Which positions may be attended to: all but a caption's padding, bool [B, P]; None if there is none.
+
+        This waits for the mask's device, so it is for the beginning of a pass or a generation.
+        """
+        if not isinstance(condition, Captions) or condition.mask_BT.all():
+            return None
+        return F.pad(condition.mask_BT, (0, self.config.num_tokens), value=True)
 
     def forward(self, token_BL: Tensor, condition: Condition) -> Tensor:
         """Logits of each token given the condition and the tokens before it, float32 [B, L, V].
@@ -225,102 +306,7 @@ class Transformer(Backbone):
             condition: one entry per sequence.
         """
         x_BLD = self.embed(token_BL[:, : self.config.num_tokens - 1], condition)
-        rope = rope_table(self.config, x_BLD.device)[: x_BLD.shape[1]]
-        return self.logits(self.run_layers(x_BLD, rope))
-
-
-@dataclass
-class DecodingState:
-    """A generation between two tokens; feeding it changes it.
-
-    Attributes:
-        guidance: applied to the logits; if active, the batch below is 2B, conditional then unconditional.
-        rope: rotations of all positions.
-        cache: keys and values of all positions up to the last token.
-        logits: [B, 1, V] of the next token, before guidance.
-    """
-
-    guidance: Guidance
-    rope: Tensor
-    cache: KVCache
-    logits: Tensor = field(init=False)
-
-
-class LlamaGenTeacher(nn.Module):
-    """A LlamaGen transformer and its tokenizer as a `Teacher` of one token a block.
-
-    Raises:
-        ValueError: transformer and tokenizer disagree on the number of codes.
-    """
-
-    def __init__(self, tokenizer: VQTokenizer, transformer: Transformer) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.transformer = transformer
-        codes, vocab_size = len(self.codebook), transformer.config.vocab_size
-        if codes != vocab_size:
-            raise ValueError(f"the tokenizer has {codes} codes but the transformer predicts {vocab_size}")
-
-    @cached_property
-    def order(self) -> BlockOrder:
-        """One token a block, row by row."""
-        return BlockOrder.raster(self.transformer.config.num_tokens)
-
-    @property
-    def codebook(self) -> Tensor:
-        """The tokenizer's normalised codes, [V, C]."""
-        return self.tokenizer.codebook_VC.detach()
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; the null class is not counted."""
-        return self.transformer.config.num_classes
-
-    @torch.no_grad()
-    def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
-        """See `Teacher.start`: runs the class position and the prefix in one causal pass."""
-        if prefix_BL is None:
-            prefix_BL = condition.label_B.new_empty(len(condition), 0)
-        if prefix_BL.shape[1] >= self.order.length:
-            raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
-        if guidance.is_active:
-            condition, prefix_BL = condition.with_null(), prefix_BL.repeat(2, 1)
-        x_BLD = self.transformer.embed(prefix_BL, condition)
-        config = self.transformer.config
-        cache = KVCache(config.num_layers, config.num_heads, 1 + config.num_tokens, x_BLD)
-        rope = rope_table(config, x_BLD.device)
-        return self._advance(DecodingState(guidance, rope, cache), x_BLD)
-
-    def next_logits(self, state: DecodingState) -> Tensor:
-        """See `Teacher.next_logits`."""
-        block, total_blocks = state.cache.length - 1, self.order.num_blocks
-        assert block < total_blocks
-        return state.guidance.apply(state.logits, state.guidance.at(block, total_blocks))
-
-    @torch.no_grad()
-    def feed(self, state: DecodingState, token_BK: Tensor) -> DecodingState:
-        """See `Teacher.feed`; the state given is itself carried on."""
-        if state.guidance.is_active:
-            token_BK = token_BK.repeat(2, 1)
-        return self._advance(state, self.transformer.tok_embeddings(token_BK))
-
-    def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
-        """See `Teacher.forced_logits`."""
-        if guidance.is_active:
-            condition, token_BL = condition.with_null(), token_BL.repeat(2, 1)
-        scale_L = guidance.at_tokens(self.order, token_BL.device)
-        return guidance.apply(self.transformer(token_BL, condition), scale_L[:, None])
-
-    def encode(self, image_B3HW: Tensor) -> Tensor:
-        """See `Teacher.encode`."""
-        return self.tokenizer.encode(image_B3HW)
-
-    def decode(self, code_BLC: Tensor) -> Tensor:
-        """See `Teacher.decode`."""
-        return self.tokenizer.decode(code_BLC)
-
-    def _advance(self, state: DecodingState, x_BLD: Tensor) -> DecodingState:
-        end = state.cache.length + x_BLD.shape[1]
-        hidden_BLD = self.transformer.run_layers(x_BLD, state.rope[state.cache.length : end], state.cache)
-        state.logits = self.transformer.logits(hidden_BLD[:, -1:])
-        return state
+        length = x_BLD.shape[1]
+        rope, mask = rope_table(self.config, x_BLD.device)[:length], attention_mask(self.attended(condition), 0, length)
+        hidden_BLD = self.run_layers(x_BLD, rope, mask)
+        return self.logits(hidden_BLD[:, self.config.condition_tokens - 1 :])

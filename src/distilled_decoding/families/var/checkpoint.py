@@ -7,8 +7,9 @@ from typing import Any
 from distilled_decoding.families.family import Family
 from distilled_decoding.families.published import Origin, Published, PublishedNames, Recognised
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
+from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
-from distilled_decoding.families.var.transformer import Transformer, TransformerConfig, VARTeacher
+from distilled_decoding.families.var.transformer import Transformer, TransformerConfig
 
 _RENAMED = (
     (r"\.mid\.0\.", ".mid.block_1."),

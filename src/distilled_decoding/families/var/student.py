@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
 from distilled_decoding.families.layers import CodeHead
+from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import scale_order
-from distilled_decoding.families.var.transformer import Backbone, TransformerConfig, VARTeacher
+from distilled_decoding.families.var.transformer import Backbone, TransformerConfig
 from distilled_decoding.student import StudentOutput
 
 
@@ -73,7 +74,7 @@ class VARStudent(Backbone):
 
     def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
         """See `Student.__call__`."""
-        class_BD = self.class_emb(condition.label_B)
+        class_BD = self.embed_class(condition)
         known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True).long()
         x_BLD = torch.cat([self.start(class_BD), self.embed(code_BLC, slice(1, None))], dim=1)
         # There are two embeddings, so each layer's projection is of two rows rather than of every position.

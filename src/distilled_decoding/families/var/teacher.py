@@ -1,0 +1,147 @@
+"""The teacher made of VAR's transformer and its tokenizer: cached decoding, one scale a step.
+
+Axis letters: B batch, L positions or tokens, K tokens of one scale, V codebook entries, C code channels, D width,
+h w full token grid.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.codebook import lookup
+from distilled_decoding.condition import Condition
+from distilled_decoding.families.layers import KVCache
+from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer
+from distilled_decoding.families.var.transformer import Transformer
+from distilled_decoding.teacher import Guidance
+
+
+@dataclass
+class DecodingState:
+    """A generation between two scales; feeding it changes it.
+
+    Attributes:
+        guidance: applied to the logits; if active, the batch of the transformer is 2B, conditional first.
+        class_BD: the class embedding.
+        modulations: what the class does to each layer.
+        cache: keys and values of all positions run.
+        sum_BChw: the features that the scales so far sum to, of B images.
+        block: the scale that `logits` predicts.
+        logits: of that scale, [B, K, V], before guidance.
+    """
+
+    guidance: Guidance
+    class_BD: Tensor
+    modulations: list[Tensor]
+    cache: KVCache
+    sum_BChw: Tensor
+    block: int
+    logits: Tensor = field(init=False)
+
+
+class VARTeacher(nn.Module):
+    """A VAR transformer and its tokenizer as a `Teacher` of one scale a block.
+
+    Attributes:
+        masked_prefix: whether a prefix is read as in generation, where no scale sees a finer one. The published
+            results with the teacher in the middle read it without a mask; False does as they did.
+
+    Raises:
+        ValueError: transformer and tokenizer disagree on codes or scales.
+    """
+
+    def __init__(self, tokenizer: MultiScaleTokenizer, transformer: Transformer, masked_prefix: bool = True) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.masked_prefix = masked_prefix
+        config = transformer.config
+        if tuple(self.codebook.shape) != (config.vocab_size, config.code_dim):
+            raise ValueError(
+                f"the tokenizer has {tuple(self.codebook.shape)} codes and channels but the transformer expects "
+                f"{(config.vocab_size, config.code_dim)}"
+            )
+        if tokenizer.config.patch_nums != config.patch_nums:
+            raise ValueError(
+                f"the tokenizer has scales {tokenizer.config.patch_nums} but the transformer {config.patch_nums}"
+            )
+
+    @cached_property
+    def order(self) -> BlockOrder:
+        """One scale a block, coarse to fine, each row by row."""
+        return self.transformer.levels
+
+    @property
+    def codebook(self) -> Tensor:
+        """The tokenizer's codes, [V, C]."""
+        return self.tokenizer.codebook_VC.detach()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; the null class is not counted."""
+        return self.transformer.config.num_classes
+
+    @torch.no_grad()
+    def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
+        """See `Teacher.start`: runs the scales of the prefix and the one behind it in one pass."""
+        if prefix_BL is None:
+            prefix_BL = torch.empty(len(condition), 0, dtype=torch.int64, device=self.codebook.device)
+        block = self.order.blocks_in(prefix_BL.shape[1])
+        if block == self.order.num_blocks:
+            raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
+        config = self.transformer.config
+        sums = self.tokenizer.partial_sums(lookup(prefix_BL, self.codebook))
+        input_BLC = self.tokenizer.next_inputs(sums)
+        if guidance.is_active:
+            condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
+        class_BD = self.transformer.embed_class(condition)
+        length = self.order.tokens_before(block + 1)
+        x_BLD = self.transformer.embed(input_BLC, slice(1, length))
+        x_BLD = torch.cat([self.transformer.start(class_BD), x_BLD], dim=1)
+        mask_LL = None
+        if block > 0 and self.masked_prefix:
+            mask_LL = self.order.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
+        cache = KVCache(config.num_layers, config.num_heads, self.order.length, x_BLD)
+        state = DecodingState(guidance, class_BD, self.transformer.modulations(class_BD), cache, sums[-1], block)
+        return self._advance(state, x_BLD, mask_LL)
+
+    def next_logits(self, state: DecodingState) -> Tensor:
+        """See `Teacher.next_logits`."""
+        return state.guidance.apply(state.logits, state.guidance.at(state.block, self.order.num_blocks))
+
+    @torch.no_grad()
+    def feed(self, state: DecodingState, token_BK: Tensor) -> DecodingState:
+        """See `Teacher.feed`; the state given is itself carried on."""
+        quantizer = self.tokenizer.quantize
+        state.sum_BChw = state.sum_BChw + quantizer.share(lookup(token_BK, self.codebook), state.block)
+        state.block += 1
+        input_BKC = quantizer.reduce(state.sum_BChw, state.block)
+        if state.guidance.is_active:
+            input_BKC = input_BKC.repeat(2, 1, 1)
+        return self._advance(state, self.transformer.embed(input_BKC, self.order.span(state.block)), None)
+
+    def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
+        """See `Teacher.forced_logits`."""
+        sums = self.tokenizer.partial_sums(lookup(token_BL, self.codebook))
+        input_BLC = self.tokenizer.next_inputs(sums)
+        if guidance.is_active:
+            condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
+        scale_L = guidance.at_tokens(self.order, token_BL.device)
+        return guidance.apply(self.transformer(input_BLC, condition), scale_L[:, None])
+
+    def encode(self, image_B3HW: Tensor) -> Tensor:
+        """See `Teacher.encode`."""
+        return self.tokenizer.encode(image_B3HW)
+
+    def decode(self, code_BLC: Tensor) -> Tensor:
+        """See `Teacher.decode`."""
+        return self.tokenizer.decode(code_BLC)
+
+    def _advance(self, state: DecodingState, x_BLD: Tensor, mask_LL: Tensor | None) -> DecodingState:
+        hidden_BLD = self.transformer.run_layers(x_BLD, state.modulations, mask_LL, state.cache)
+        hidden_BKD = hidden_BLD[:, -self.order.sizes[state.block] :]
+        state.logits = self.transformer.logits(hidden_BKD, state.class_BD)
+        return state
