@@ -3,7 +3,6 @@
 import json as json_format
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import Pipeline, Steps
 from distilled_decoding.progress import Stopped
 from distilled_decoding.store import TrajectoryStore
-from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.teacher import Prefix, TeacherSampling
 from distilled_decoding.trajectories import TrajectorySettings
 
 Model = Positional[str]
@@ -49,6 +48,8 @@ def sample(
     steps: str | None = None,
     schedule: tuple[int, ...] | None = None,
     teacher_span: tuple[int, int] | None = None,
+    prefix: Prefix = "causal",
+    split_block: int | None = None,
     seed: int = 0,
     out: Path | None = None,
     grid: Path | None = None,
@@ -66,6 +67,9 @@ def sample(
             default 1.
         schedule: starting blocks of the student's steps, instead of --steps, such as 0 24.
         teacher_span: blocks that the teacher predicts in between, such as 16 24.
+        prefix: how the teacher reads the blocks before its span; `unmasked` is how VAR's published results with it
+            were made.
+        split_block: blocks before it come from the logits, the others from the code head; by default the model's.
         seed: of the run.
         out: folder for one PNG an image.
         grid: .png file for one picture of all images, ten in a row.
@@ -73,8 +77,9 @@ def sample(
         device: cpu, cuda, cuda:1 ... or mps.
         json: print one JSON object.
     """
-    run = commands.SampleRun(model, labels, num, _steps(steps), schedule, teacher_span, seed)
-    _print(commands.sample_images(run, _load(model, device), out, grid, npz), json)
+    run = commands.SampleRun(model, labels, num, _steps(steps), schedule, teacher_span, prefix, seed)
+    pipeline = _load(model, device).with_settings(**_given({"split_block": split_block}))
+    _print(commands.sample_images(run, pipeline, out, grid, npz), json)
 
 
 def trajectories(
@@ -159,16 +164,16 @@ def convert(
         num_heads: attention heads, where neither the files nor a preset tell.
         num_tokens: tokens of an image, likewise.
         patch_nums: sides of a VAR model's scales, likewise.
-        start_blocks: where the student can start. (default: the preset's)
-        split_block: blocks before it are sampled from the logits, the others from the code head. (default: the
-            preset's)
+        start_blocks: where the student can start; by default the preset's.
+        split_block: blocks before it are sampled from the logits, the others from the code head; by default
+            the preset's.
         json: print one JSON object.
     """
     sizes = {"num_heads": num_heads, "num_tokens": num_tokens, "patch_nums": patch_nums}
     given = {"start_blocks": start_blocks, "split_block": split_block}
 
-    def change(config: PipelineConfig) -> PipelineConfig:
-        return replace(config, sampling=override(config.sampling, sampling), **_given(given))
+    def change(config: PipelineConfig) -> dict[str, Any]:
+        return {"sampling": override(config.sampling, sampling), **_given(given)}
 
     _print(commands.convert(paths, out, preset, weights, allow_namespace, _given(sizes), change), json)
 

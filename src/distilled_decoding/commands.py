@@ -23,7 +23,7 @@ from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_image
 from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
-from distilled_decoding.index import INDEX, PipelineConfig, match_teacher
+from distilled_decoding.index import INDEX, PipelineConfig
 from distilled_decoding.losses import ImageDistance
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.noise import image_keys
@@ -34,7 +34,7 @@ from distilled_decoding.progress import progress_bar, stop_signal
 from distilled_decoding.records import claim, environment, identity, record
 from distilled_decoding.sampling import Plan
 from distilled_decoding.store import TrajectoryStore
-from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.teacher import Prefix, TeacherSampling
 
 _PICTURED = 20
 
@@ -49,6 +49,7 @@ class SampleRun:
     steps: Steps | None
     schedule: tuple[int, ...] | None
     teacher_span: tuple[int, int] | None
+    prefix: Prefix
     seed: int
 
 
@@ -79,7 +80,7 @@ def sample_images(
     check_suffix(npz, ".npz")
     labels = run.labels or tuple(range(pipeline.num_classes))
     condition = Labels.checked([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
-    plan = pipeline.plan(run.steps, run.schedule, run.teacher_span)
+    plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
     if out is not None:
         settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}
         claim(out, "sample", settings, {"model": run.model, "device": str(pipeline.device)})
@@ -259,7 +260,7 @@ def convert(
     weights: Weights | None,
     allow_namespace: bool,
     sizes: Mapping[str, Any],
-    change: Callable[[PipelineConfig], PipelineConfig],
+    change: Callable[[PipelineConfig], dict[str, Any]],
 ) -> dict[str, Any]:
     """Write published files as a pipeline folder.
 
@@ -270,7 +271,7 @@ def convert(
         weights: averaged or raw.
         allow_namespace: also read training checkpoints.
         sizes: what neither the files nor a preset tell.
-        change: settings that replace those of the preset.
+        change: the settings that replace some of the preset's, which it is given.
 
     Returns:
         What `info` says of the new pipeline.
@@ -280,9 +281,8 @@ def convert(
     """
     if (out / INDEX).exists():
         raise ValueError(f"{out} holds a model already; choose another --out")
-    found = Pipeline.from_original(paths, preset, weights, allow_namespace, **sizes)
-    pipeline = Pipeline(found.teacher, found.student, change(found.config))
-    match_teacher(pipeline.config, pipeline.teacher, out)
+    pipeline = Pipeline.from_original(paths, preset, weights, allow_namespace, **sizes)
+    pipeline = pipeline.with_settings(**change(pipeline.config))
     pipeline.save_pretrained(out)
     return {"pipeline": str(out), **info(pipeline)}
 

@@ -1,7 +1,7 @@
 """Published files as the parts of a pipeline: what each file is, what it is called, and what it does not tell."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,8 @@ def _module(
 def _config(kind: Any, original: Original, originals: Mapping[str, Original], sizes: Mapping[str, Any]) -> Any:
     """The config of a component that no preset knows, from what the files and the user tell."""
     # The scales are the only size that a file can lack and another one tell.
-    scales = {"patch_nums": own.sizes["patch_nums"] for own in originals.values() if "patch_nums" in own.sizes}
-    known = scales | original.sizes
+    scales = [own.sizes["patch_nums"] for own in originals.values() if "patch_nums" in own.sizes]
+    known = ({"patch_nums": scales[0]} if scales else {}) | original.sizes
     for name, value in sizes.items():
         if known.get(name, value) != value:
             raise ValueError(f"{original.published.source} has {name} {known[name]}, not {value}")

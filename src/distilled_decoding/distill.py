@@ -93,7 +93,8 @@ class DistillSettings:
                 raise ValueError(f"{name} must not be negative and one must be positive, got {weights}")
         if self.start_weights and len(self.start_weights) != len(self.start_blocks):
             raise ValueError(
-                f"{len(self.start_weights)} start weights do not fit {len(self.start_blocks)} start blocks; give one for each"
+                f"{len(self.start_weights)} start weights do not fit {len(self.start_blocks)} start blocks; "
+                "give one for each"
             )
 
     def check(self, order: BlockOrder, split_block: int) -> None:

@@ -25,6 +25,7 @@ from distilled_decoding.index import INDEX, LIBRARY, PipelineConfig, match_compo
 from distilled_decoding.noise import image_keys
 from distilled_decoding.originals import Weights
 from distilled_decoding.sampling import Callback, Plan, check_plan, sample, spread_schedule
+from distilled_decoding.teacher import Prefix
 from distilled_decoding.zoo import resolve
 
 Steps = int | Literal["teacher", "teacher-ancestral"]
@@ -148,6 +149,16 @@ class Pipeline:
             upload(Path(temporary), repo_id, token)
         return address
 
+    def with_settings(self, **settings: Any) -> "Pipeline":
+        """The same models with other settings, fields of `PipelineConfig`.
+
+        Raises:
+            ValueError: settings outside their range, or that the teacher's blocks do not allow.
+        """
+        config = replace(self.config, **settings)
+        match_teacher(config, self.teacher, "these settings")
+        return Pipeline(self.teacher, self.student, config)
+
     def with_student(self, student: nn.Module, start_blocks: tuple[int, ...], split_block: int) -> "Pipeline":
         """The same teacher with another student."""
         config = replace(self.config, start_blocks=start_blocks, split_block=split_block)
@@ -177,6 +188,7 @@ class Pipeline:
         steps: Steps | None = None,
         schedule: Sequence[int] | None = None,
         teacher_span: tuple[int, int] | None = None,
+        prefix: Prefix = "causal",
     ) -> Plan:
         """How to sample: student steps, an explicit schedule, or the teacher alone.
 
@@ -185,6 +197,8 @@ class Pipeline:
                 noise through the teacher, `teacher-ancestral` samples from it. None is 1, or leaves it to `schedule`.
             schedule: starting blocks, instead of `steps`.
             teacher_span: blocks a..b-1 that the teacher predicts in between.
+            prefix: how the teacher reads the blocks before its span: `causal`, as in its own generation, or
+                `unmasked`, as VAR's published results with the teacher in between were made.
 
         Raises:
             ValueError: the plan cannot be carried out.
@@ -204,7 +218,9 @@ class Pipeline:
             blocks = spread_schedule(1 if steps is None else steps, starts)
         else:
             blocks = self.teacher.order.check_schedule(schedule, starts)
-        return check_plan(Plan(blocks, teacher_span), self.teacher.order, starts)
+        if prefix == "unmasked" and (teacher_span is None or not hasattr(self.teacher, "start_unmasked")):
+            raise ValueError("an unmasked prefix goes with a teacher span, of a teacher that masks its prefix: VAR's")
+        return check_plan(Plan(blocks, teacher_span, prefix=prefix), self.teacher.order, starts)
 
     def codes(self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None) -> Tensor:
         """The codes [B, L, C] of one batch of images."""
@@ -249,6 +265,7 @@ class Pipeline:
         steps: Steps | None = None,
         schedule: Sequence[int] | None = None,
         teacher_span: tuple[int, int] | None = None,
+        prefix: Prefix = "causal",
         callback: Callback | None = None,
     ) -> Output:
         """Generate one image per label.
@@ -259,12 +276,13 @@ class Pipeline:
             steps: see `plan`.
             schedule: see `plan`.
             teacher_span: see `plan`.
+            prefix: see `plan`.
             callback: hears of every step.
 
         Raises:
             ValueError: no label, a label or plan that does not exist, or not as many seeds as labels.
         """
-        plan = self.plan(steps, schedule, teacher_span)
+        plan = self.plan(steps, schedule, teacher_span, prefix)
         condition = Labels.checked(labels, self.num_classes)
         if not len(condition):
             raise ValueError("labels is empty; give one for each image")

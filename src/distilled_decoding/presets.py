@@ -40,7 +40,7 @@ class PublishedFile:
 
     def fits(self, sizes: Mapping[str, Any]) -> bool:
         """Whether these sizes, which may be a part of all, are this file's."""
-        return all(getattr(self.config, name, None) == value for name, value in sizes.items())
+        return all(getattr(self.config, name) == value for name, value in sizes.items())
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def _llamagen(
     file = f"c2i_{size}_{image_size}.pt"
     files = [VQ_16_C2I, PublishedFile(file, "llamagen", "transformer", LlamaGenConfig(**sizes))]
     if split_block is not None:
-        config = LlamaGenStudentConfig(**sizes, code_dim=8)
-        files.append(PublishedFile(f"LlamaGen-DD/llamagen-{size}.pt", "llamagen", "student", config))
+        student = LlamaGenStudentConfig(**sizes, code_dim=8)
+        files.append(PublishedFile(f"LlamaGen-DD/llamagen-{size}.pt", "llamagen", "student", student))
     sampling = TeacherSampling(guidance, top_k=0 if split_block is None else 8000)
     published = ("sampling",) if split_block is None else ("sampling", "start_blocks", "split_block")
     config = _raster_config(name, sizes, sampling, split_block)

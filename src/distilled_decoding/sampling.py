@@ -16,7 +16,7 @@ from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import corrupt
 from distilled_decoding.noise import gaussian_noise
 from distilled_decoding.student import Student, final_sequence, pass_known
-from distilled_decoding.teacher import Teacher, TeacherSampling, by_chance, by_flow, rollout
+from distilled_decoding.teacher import Prefix, Teacher, TeacherSampling, by_chance, by_flow, rollout
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class Plan:
         schedule: the blocks from which the student starts, one for each step; () leaves all to the teacher.
         teacher_span: blocks a..b-1 that the teacher predicts, before the student starts from b.
         ancestral: the teacher draws its tokens instead of mapping the image's own noise.
+        prefix: how the teacher reads what stands before its span.
     """
 
     schedule: tuple[int, ...]
     teacher_span: tuple[int, int] | None = None
     ancestral: bool = False
+    prefix: Prefix = "causal"
 
 
 def spread_schedule(steps: int, start_blocks: Sequence[int]) -> tuple[int, ...]:
@@ -124,7 +126,7 @@ def sample(
 
     def teach(first: int, end: int) -> Tensor:
         prefix_BL = nearest(code_BLC[:, : order.tokens_before(first)], codebook_VC) if first else None
-        token_BL = rollout(teacher, condition, sampling, choose, prefix_BL, end)
+        token_BL = rollout(teacher, condition, sampling, choose, prefix_BL, end, plan.prefix)
         predicted_BLC = torch.cat([lookup(token_BL, codebook_VC), noise_BLC[:, token_BL.shape[1] :]], 1)
         tell(Step("teacher", first, predicted_BLC))
         return predicted_BLC

@@ -19,6 +19,9 @@ from distilled_decoding.noise import uniform
 
 Ramp = Literal["constant", "linear"]
 
+Prefix = Literal["causal", "unmasked"]
+"""How a teacher reads tokens that it did not sample: as in its own generation, or each block seeing all others."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -232,6 +235,7 @@ def rollout(
     choose: Choose,
     prefix_BL: Tensor | None = None,
     end_block: int | None = None,
+    prefix: Prefix = "causal",
 ) -> Tensor:
     """Let the teacher sample block after block.
 
@@ -242,6 +246,7 @@ def rollout(
         choose: how a token is picked: at random, or by the flow map.
         prefix_BL: tokens of leading blocks that are already known.
         end_block: stop before this block; None goes to the end.
+        prefix: how those tokens are read; "unmasked" only where the teacher has `start_unmasked`.
 
     Returns:
         token_BL, int64, the prefix included.
@@ -250,7 +255,8 @@ def rollout(
     tokens = [] if prefix_BL is None else [prefix_BL]
     first = 0 if prefix_BL is None else order.blocks_in(prefix_BL.shape[1])
     last = order.num_blocks if end_block is None else end_block
-    state = teacher.start(condition, sampling.guidance, prefix_BL)
+    start = teacher.start if prefix == "causal" else teacher.start_unmasked  # type: ignore[attr-defined]
+    state = start(condition, sampling.guidance, prefix_BL)
     for block in range(first, last):
         token_BK = choose(block, log_probabilities(teacher.next_logits(state), sampling))
         tokens.append(token_BK)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.condition import Captions, Labels
+from distilled_decoding.families.llamagen.checkpoint import FAMILY
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
+from distilled_decoding.families.published import Published, load_published
 from tests.golden import Case
 
 
@@ -27,14 +29,14 @@ def sizes(gpt: dict[str, Any]) -> dict[str, Any]:
 
 def transformer(case: Case) -> Transformer:
     model = Transformer(TransformerConfig(**sizes(case.config["gpt"])))
-    model.load_state_dict(case.weights["gpt"])
+    load_published(model, Published(case.weights["gpt"], "gpt"), FAMILY.published)
     return model.eval()
 
 
 def student(case: Case) -> LlamaGenStudent:
     dd = case.config["dd"]
     model = LlamaGenStudent(StudentConfig(**sizes(dd), code_dim=dd["codebook_dim"]))
-    model.load_state_dict(case.weights["dd"])
+    load_published(model, Published(case.weights["dd"], "dd"), FAMILY.published)
     return model.eval()
 
 
@@ -51,8 +53,7 @@ def tokenizer(case: Case) -> VQTokenizer:
         code_dim=vq["codebook_embed_dim"],
     )
     model = VQTokenizer(config)
-    weights = {k: v for k, v in case.weights["vq"].items() if k != "quantize.codebook_used"}
-    model.load_state_dict(weights)
+    load_published(model, Published(case.weights["vq"], "vq"), FAMILY.published)
     return model.eval()
 
 

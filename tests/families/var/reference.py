@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.condition import Labels
-from distilled_decoding.families.var.checkpoint import from_published
+from distilled_decoding.families.published import Published, load_published
+from distilled_decoding.families.var.checkpoint import FAMILY
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
 from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -30,7 +31,7 @@ def tokenizer(case: Case) -> MultiScaleTokenizer:
         patch_nums=tuple(vae["patch_nums"]),
     )
     model = MultiScaleTokenizer(config)
-    model.load_state_dict(from_published(case.weights["vae"]))
+    load_published(model, Published(case.weights["vae"], "vae"), FAMILY.published)
     return model.eval()
 
 
@@ -46,21 +47,21 @@ def sizes(case: Case, role: str) -> dict[str, Any]:
 
 def transformer(case: Case) -> Transformer:
     model = Transformer(TransformerConfig(**sizes(case, "var")))
-    model.load_state_dict(from_published(case.weights["var"]))
+    load_published(model, Published(case.weights["var"], "var"), FAMILY.published)
     return model.eval()
 
 
 def student(case: Case) -> VARStudent:
     model = VARStudent(StudentConfig(**sizes(case, "dd")))
-    model.load_state_dict(from_published(case.weights["dd"]))
+    load_published(model, Published(case.weights["dd"], "dd"), FAMILY.published)
     return model.eval()
 
 
-def teacher(case: Case, masked_prefix: bool = True) -> VARTeacher:
+def teacher(case: Case) -> VARTeacher:
     """The case's transformer, or, where only the order and the codebook matter, one that was never trained."""
     untrained = "var" not in case.config
     model = Transformer(TransformerConfig(**sizes(case, "dd"))) if untrained else transformer(case)
-    return VARTeacher(tokenizer(case), model.eval(), masked_prefix)
+    return VARTeacher(tokenizer(case), model.eval())
 
 
 def labels(case: Case, num_classes: int) -> Labels:

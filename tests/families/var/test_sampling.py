@@ -14,7 +14,7 @@ from distilled_decoding.flow import FlowSettings
 from distilled_decoding.noise import image_keys
 from distilled_decoding.sampling import Plan, Step, check_plan, sample
 from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import TeacherSampling, log_probabilities
+from distilled_decoding.teacher import Prefix, TeacherSampling, log_probabilities
 from tests.families.var import reference
 from tests.golden import Case, load_case
 
@@ -57,11 +57,11 @@ def record(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Calls:
     return calls
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: Case, prefix: Prefix) -> Plan:
     schedule = tuple(case.config["t_list"])
     if "t_teacher_start" not in case.config:
         return Plan(schedule)
-    return Plan(schedule, teacher_span=(case.config["t_teacher_start"], schedule[1]))
+    return Plan(schedule, teacher_span=(case.config["t_teacher_start"], schedule[1]), prefix=prefix)
 
 
 def greedy_sampling(case: Case) -> TeacherSampling:
@@ -94,15 +94,15 @@ def after_teacher(token_BL: Tensor, first: int, logits: Calls, teacher: VARTeach
 
 
 def observe(
-    case: Case, monkeypatch: pytest.MonkeyPatch, masked_prefix: bool = False
+    case: Case, monkeypatch: pytest.MonkeyPatch, prefix: Prefix = "unmasked"
 ) -> tuple[list[tuple[str, int]], dict[str, Tensor]]:
     """Run `sample` from the case's noise: its steps in turn, and all it computed by the reference's names."""
-    teacher, student = reference.teacher(case, masked_prefix), reference.student(case)
+    teacher, student = reference.teacher(case), reference.student(case)
     noise_BLC = reference.noise(case)
     monkeypatch.setattr(sampling, "gaussian_noise", lambda *_: noise_BLC)
     reads, logits = record(monkeypatch, student, "forward"), record(monkeypatch, teacher, "next_logits")
     outputs, rollouts = record(monkeypatch, sampling, "final_sequence"), record(monkeypatch, sampling, "rollout")
-    plan = check_plan(plan_of(case), teacher.order, case.config["t_list"])
+    plan = check_plan(plan_of(case, prefix), teacher.order, case.config["t_list"])
     condition = reference.labels(case, teacher.num_classes)
     steps: list[Step] = []
     settings = greedy_sampling(case), FlowSettings(), case.config["loss_split_t"]
@@ -145,7 +145,7 @@ def test_every_intermediate_matches_the_reference(
 @torch.no_grad()
 def test_a_masked_prefix_is_not_what_the_reference_samples_from(monkeypatch: pytest.MonkeyPatch) -> None:
     case = load_case("dd_var_combine_prefix")
-    _, seen = observe(case, monkeypatch, masked_prefix=True)
+    _, seen = observe(case, monkeypatch, prefix="causal")
     case.check("dd0_seq", seen["dd0_seq"])
     moved = (seen["teacher_logits_cfg_s2"] - case.outputs["teacher_logits_cfg_s2"]).abs().amax()
     assert moved > 1

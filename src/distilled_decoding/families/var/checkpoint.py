@@ -65,7 +65,7 @@ def _tokenizer_sizes(published: Published) -> dict[str, Any]:
 def _transformer_sizes(published: Published, class_levels: int) -> dict[str, Any]:
     """`class_levels`: levels of one position in front of the scales, which a student has."""
     dim = published.size("word_embed.weight", 0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "dim": dim,
         "num_layers": published.count("blocks"),
         "vocab_size": published.size("head.weight", 0),

@@ -45,19 +45,14 @@ class DecodingState:
 class VARTeacher(nn.Module):
     """A VAR transformer and its tokenizer as a `Teacher` of one scale a block.
 
-    Attributes:
-        masked_prefix: whether a prefix is read as in generation, where no scale sees a finer one. The published
-            results with the teacher in the middle read it without a mask; False does as they did.
-
     Raises:
         ValueError: transformer and tokenizer disagree on codes or scales.
     """
 
-    def __init__(self, tokenizer: MultiScaleTokenizer, transformer: Transformer, masked_prefix: bool = True) -> None:
+    def __init__(self, tokenizer: MultiScaleTokenizer, transformer: Transformer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.transformer = transformer
-        self.masked_prefix = masked_prefix
         config = transformer.config
         if tuple(self.codebook.shape) != (config.vocab_size, config.code_dim):
             raise ValueError(
@@ -87,6 +82,21 @@ class VARTeacher(nn.Module):
     @torch.no_grad()
     def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
         """See `Teacher.start`: runs the scales of the prefix and the one behind it in one pass."""
+        return self._start(condition, guidance, prefix_BL, masked=True)
+
+    @torch.no_grad()
+    def start_unmasked(
+        self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None
+    ) -> DecodingState:
+        """As `start`, but coarser scales of the prefix see finer ones, which they never do in generation.
+
+        The published results with the teacher in the middle were made so.
+        """
+        return self._start(condition, guidance, prefix_BL, masked=False)
+
+    def _start(
+        self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None, masked: bool
+    ) -> DecodingState:
         if prefix_BL is None:
             prefix_BL = torch.empty(len(condition), 0, dtype=torch.int64, device=self.codebook.device)
         block = self.order.blocks_in(prefix_BL.shape[1])
@@ -102,7 +112,7 @@ class VARTeacher(nn.Module):
         x_BLD = self.transformer.embed(input_BLC, slice(1, length))
         x_BLD = torch.cat([self.transformer.start(class_BD), x_BLD], dim=1)
         mask_LL = None
-        if block > 0 and self.masked_prefix:
+        if block > 0 and masked:
             mask_LL = self.order.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
         cache = KVCache(config.num_layers, config.num_heads, self.order.length, x_BLD)
         state = DecodingState(guidance, class_BD, self.transformer.modulations(class_BD), cache, sums[-1], block)
