@@ -159,7 +159,7 @@ def convert(
         out: the folder.
         sampling: the teacher's distribution.
         preset: which published model it is, where the files alone fit several.
-        weights: averaged or raw; by default those that the publisher's own scripts take.
+        weights: averaged or raw, of a file that holds both; by default those that the publisher's own scripts take.
         allow_namespace: also read training checkpoints that hold an argparse.Namespace; no code is run.
         num_heads: attention heads, where neither the files nor a preset tell.
         num_tokens: tokens of an image, likewise.

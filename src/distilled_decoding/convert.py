@@ -44,11 +44,11 @@ def identify(path: Path, weights: Weights | None = None, allow_namespace: bool =
 
     Args:
         path: the file.
-        weights: averaged or raw; None takes those that the publisher's own scripts take.
+        weights: averaged or raw, of a file that holds both; None takes those that the publisher's own scripts take.
         allow_namespace: see `read_original`.
 
     Raises:
-        ValueError: it cannot be read, holds nothing known, or not the weights asked for.
+        ValueError: it cannot be read, or holds nothing known.
     """
     state_dicts = read_original(path, allow_namespace)
     for own in FAMILIES.values():
@@ -57,10 +57,8 @@ def identify(path: Path, weights: Weights | None = None, allow_namespace: bool =
         found = own.published.recognise(Published(next(iter(state_dicts.values())), path))
         if found is None:
             continue
-        kind = weights or _DEFAULT_WEIGHTS[found.component]
-        if weights is not None and kind not in state_dicts:
-            raise ValueError(f"{path} holds no {kind} weights, but {', '.join(state_dicts)}")
-        state_dict = state_dicts.get(kind) or next(iter(state_dicts.values()))
+        first = next(iter(state_dicts.values()))
+        state_dict = state_dicts.get(weights or _DEFAULT_WEIGHTS[found.component], first)
         published = Published(state_dict, f"{path}, which seems to be a {own.name} {found.component},")
         return Original(own.name, found.component, found.sizes, published)
     names = ", ".join(list(next(iter(state_dicts.values())))[:4])

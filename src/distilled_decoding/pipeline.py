@@ -88,7 +88,8 @@ class Pipeline:
         Args:
             paths: the files, in any order.
             preset: which published model it is, where the files alone fit several.
-            weights: averaged (`ema`) or `raw`; None takes those that the publisher's own scripts take.
+            weights: averaged (`ema`) or `raw`, of a file that holds both; None takes those that the publisher's own
+                scripts take.
             allow_namespace: also read training checkpoints that hold an `argparse.Namespace`.
             sizes: what neither the files nor a preset tell: `num_heads`, `num_tokens` or `patch_nums`.
 

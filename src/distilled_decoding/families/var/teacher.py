@@ -94,9 +94,7 @@ class VARTeacher(nn.Module):
         """
         return self._start(condition, guidance, prefix_BL, masked=False)
 
-    def _start(
-        self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None, masked: bool
-    ) -> DecodingState:
+    def _start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None, masked: bool) -> DecodingState:
         if prefix_BL is None:
             prefix_BL = torch.empty(len(condition), 0, dtype=torch.int64, device=self.codebook.device)
         block = self.order.blocks_in(prefix_BL.shape[1])
