@@ -101,8 +101,8 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str) ->
     student, shard = pipe.new_student(0), tiny.store(tmp_path / "trajectories", pipe).load()
     state = tmp_path / "model" / "state.safetensors"
 
-    def work(settings: DistillSettings = SETTINGS) -> None:
-        trained = distill(pipe.teacher, student, shard, settings, 1, state, lambda update: True)
+    def work() -> None:
+        trained = distill(pipe.teacher, student, shard, SETTINGS, 1, state, lambda update: True)
         pipe.with_student(trained, (0,), 1).save_pretrained(tmp_path / "model")
 
     real = allocated_bytes(work, tmp_path)

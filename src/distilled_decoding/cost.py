@@ -9,7 +9,7 @@ Axis letters: B batch, L tokens in a sequence, K tokens in a block, V codebook e
 import copy
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distilled_decoding.condition import Condition
@@ -192,31 +192,32 @@ class _Count:
     peak: int = 0
 
 
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop(query, key, value)
-
-
-def _attention_backward_flops(grad: torch.Size, *inputs: Any, **_: Any) -> int:
-    return sdpa_backward_flop(grad, *inputs[:3])
-
-
-# torch counts the operations of attention's GPU kernels, but not of the CPU's.
-_CPU_ATTENTION: Mapping[Any, Any] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+# torch knows the operations of attention's kernels for GPUs, but not of those for CPUs.
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLOPS = {
+    **flop_registry,
+    _ATTENTION: sdpa_flop,
+    _ATTENTION_BACKWARD: sdpa_backward_flop,
 }
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on, for as long as they live."""
+    """Counts operations, and the bytes of the tensors that are made while it is on, for as long as they live.
+
+    `FlopCounterMode` would count the operations too, but changes what autograd keeps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.flops = self.held = self.peak = 0
         self.seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.overloadpacket in _FLOPS:
+            self.flops += _FLOPS[func.overloadpacket](*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self.seen:
                 self.seen[storage] = True
@@ -231,10 +232,9 @@ class _Meter(TorchDispatchMode):
     @contextmanager
     def counting(self) -> Iterator[_Count]:
         """Count what runs inside; the count is complete at the end."""
-        count, self.peak = _Count(), self.held
-        with FlopCounterMode(display=False, custom_mapping=dict(_CPU_ATTENTION)) as counter:
-            yield count
-        count.flops, count.peak = counter.get_total_flops(), self.peak
+        count, before, self.peak = _Count(), self.flops, self.held
+        yield count
+        count.flops, count.peak = self.flops - before, self.peak
 
 
 class _FlashAttention(TorchFunctionMode):
