@@ -201,5 +201,5 @@ def test_products_take_time() -> None:
 
 def test_readable_units() -> None:
     cost = Cost(flops=2 * 10**12, seconds=1800, memory_bytes=3 * 2**30, fixed_bytes=2**30, disk_bytes=2**29)
-    values = {"memory_gib": 3.0, "fixed_gib": 1.0, "disk_gib": 0.5, "hours": 0.5, "teraflops": 2.0}
+    values = {"memory_gib": 3.0, "fixed_gib": 1.0, "disk_gib": 0.5, "hours": 0.5, "teraflop": 2.0}
     assert cost.readable() == values

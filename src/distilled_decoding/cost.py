@@ -51,7 +51,7 @@ class Cost:
         seconds: how long it runs, good within a factor of two.
         memory_bytes: most that its tensors hold at a time.
         fixed_bytes: the part of them that a smaller batch leaves: weights and what belongs to each weight.
-        disk_bytes: the files that it leaves.
+        disk_bytes: the tensors in the files that it leaves; a file being replaced is there twice for a moment.
     """
 
     flops: int
@@ -67,7 +67,7 @@ class Cost:
             "fixed_gib": self.fixed_bytes / 2**30,
             "disk_gib": self.disk_bytes / 2**30,
             "hours": self.seconds / 3600,
-            "teraflops": self.flops / 1e12,
+            "teraflop": self.flops / 1e12,
         }
         return {name: float(f"{value:.3g}") for name, value in values.items()}
 
