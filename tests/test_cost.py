@@ -1,0 +1,205 @@
+import json
+import math
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
+from distilled_decoding.distill import DistillSettings, distill
+from distilled_decoding.families.llamagen import student as llamagen_student
+from distilled_decoding.families.llamagen import tokenizer as llamagen_tokenizer
+from distilled_decoding.families.llamagen import transformer as llamagen_transformer
+from distilled_decoding.families.var import student as var_student
+from distilled_decoding.families.var import tokenizer as var_tokenizer
+from distilled_decoding.families.var import transformer as var_transformer
+from distilled_decoding.flow import FlowSettings
+from distilled_decoding.losses import LossWeights
+from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.trajectories import TrajectorySettings, generate
+from examples import pixel_teacher
+from tests import tiny
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SETTINGS = DistillSettings(num_updates=3, batch_size=16, start_blocks=(0,), bf16=False)
+FAMILIES = pytest.mark.parametrize("family", ["llamagen", "var"])
+
+
+def counted_flops(work: Callable[[], object]) -> int:
+    # torch counts the operations of plain attention, but not those of the CPU's fused kernel.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def allocated_bytes(work: Callable[[], object], folder: Path) -> int:
+    """The most that torch's allocator gave out at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def weights(*modules: torch.nn.Module) -> int:
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def data_bytes(folder: Path) -> int:
+    """Bytes of the tensors in all safetensors files: the files without their headers."""
+    files = list(folder.rglob("*.safetensors"))
+    assert files
+    return sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
+
+
+def make(folder: Path, teacher: torch.nn.Module, settings: TrajectorySettings, num: int) -> TrajectoryStore:
+    store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash"))
+    generate(teacher, store, settings, num, lambda items: None)
+    return store
+
+
+@FAMILIES
+@pytest.mark.parametrize("sampling", [tiny.SAMPLING, TeacherSampling(top_k=2), TeacherSampling()])
+def test_operations_of_trajectories_are_exact(tmp_path: Path, family: str, sampling: TeacherSampling) -> None:
+    """Also where only the ends of a run of equal blocks are looked at, and where codes are gathered."""
+    teacher, settings = tiny.pipeline(family=family).teacher, replace(tiny.trajectory_settings(), sampling=sampling)
+    real = counted_flops(lambda: make(tmp_path, teacher, settings, 12))
+    cost = trajectory_cost(teacher, settings, 12, 1e10)
+    assert cost.flops == real
+    assert cost.disk_bytes == data_bytes(tmp_path)
+    assert trajectory_cost(teacher, settings, 12, 2e10).seconds == cost.seconds / 2
+
+
+def test_a_teacher_without_a_cache_costs_no_more_than_said(tmp_path: Path) -> None:
+    teacher = pixel_teacher.PixelTeacher(pixel_teacher.Network(pixel_teacher.Config()))
+    real = counted_flops(lambda: make(tmp_path, teacher, tiny.trajectory_settings(), 8))
+    assert real <= trajectory_cost(teacher, tiny.trajectory_settings(), 8, 1e10).flops < 1.2 * real
+
+
+@FAMILIES
+def test_memory_of_trajectories_is_what_torch_allocates(tmp_path: Path, family: str) -> None:
+    teacher = tiny.pipeline(family=family).teacher
+    real = allocated_bytes(lambda: make(tmp_path / "out", teacher, tiny.trajectory_settings(), 8), tmp_path)
+    cost = trajectory_cost(teacher, tiny.trajectory_settings(), 8, 1e10)
+    assert cost.fixed_bytes == weights(teacher)
+    assert cost.memory_bytes - cost.fixed_bytes == pytest.approx(real, rel=0.1)
+
+
+@FAMILIES
+def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str) -> None:
+    pipe = tiny.pipeline(family=family)
+    student, shard = pipe.new_student(0), tiny.store(tmp_path / "trajectories", pipe).load()
+    state = tmp_path / "model" / "state.safetensors"
+
+    def work() -> None:
+        trained = distill(pipe.teacher, student, shard, SETTINGS, 1, state, lambda update: True)
+        pipe.with_student(trained, (0,), 1).save_pretrained(tmp_path / "model")
+
+    real = allocated_bytes(work, tmp_path)
+    state.unlink()
+    cost = distillation_cost(pipe.teacher, student, SETTINGS, len(shard), 1e10, CPU)
+    assert cost.flops == counted_flops(work)
+    assert cost.fixed_bytes == weights(pipe.teacher) + 5 * weights(student)
+    assert cost.memory_bytes == pytest.approx(real + weights(pipe.teacher, student), rel=0.02)
+    assert cost.disk_bytes == data_bytes(tmp_path / "model")
+
+
+def test_bf16_a_gpu_and_small_batches_save_memory() -> None:
+    pipe = tiny.pipeline(family="var")
+
+    def cost(device: torch.device = CPU, **changes: object) -> Cost:
+        return distillation_cost(pipe.teacher, pipe.student, replace(SETTINGS, **changes), 32, 1e10, device)
+
+    plain, small = cost(), cost(batch_size=8)
+    assert cost(bf16=True).memory_bytes < plain.memory_bytes
+    assert cost(GPU).memory_bytes < plain.memory_bytes
+    assert (small.fixed_bytes, small.flops) == (plain.fixed_bytes, pytest.approx(plain.flops / 2, rel=0.02))
+    perceptual = cost(loss=LossWeights(perceptual_weight=1.0))
+    assert perceptual.flops > plain.flops and perceptual.memory_bytes > plain.memory_bytes
+
+
+def test_planning_leaves_the_models_alone() -> None:
+    pipe = tiny.pipeline()
+    distillation_cost(pipe.teacher, pipe.student, SETTINGS, 32, 1e10, GPU)
+    trajectory_cost(pipe.teacher, tiny.trajectory_settings(), 8, 1e10)
+    assert not pipe.student.training
+    for parameter in [*pipe.teacher.parameters(), *pipe.student.parameters()]:
+        assert parameter.grad is None and not parameter.requires_grad
+        assert type(parameter) is torch.nn.Parameter and parameter.device == CPU
+
+
+def llamagen_b() -> tuple[torch.nn.Module, torch.nn.Module]:
+    tokenizer = llamagen_tokenizer.TokenizerConfig(
+        image_channels=3,
+        ch=128,
+        encoder_ch_mult=(1, 1, 2, 2, 4),
+        decoder_ch_mult=(1, 1, 2, 2, 4),
+        num_res_blocks=2,
+        z_channels=256,
+        codebook_size=16384,
+        code_dim=8,
+    )
+    sizes = {"dim": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 16384, "num_tokens": 256, "num_classes": 1000}
+    transformer = llamagen_transformer.Transformer(llamagen_transformer.TransformerConfig(**sizes))
+    teacher = llamagen_transformer.LlamaGenTeacher(llamagen_tokenizer.VQTokenizer(tokenizer), transformer)
+    return teacher, llamagen_student.LlamaGenStudent(llamagen_student.StudentConfig(**sizes, code_dim=8))
+
+
+def var_d16() -> tuple[torch.nn.Module, torch.nn.Module]:
+    patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    tokenizer = var_tokenizer.TokenizerConfig(
+        image_channels=3,
+        ch=160,
+        ch_mult=(1, 1, 2, 2, 4),
+        num_res_blocks=2,
+        z_channels=32,
+        codebook_size=4096,
+        patch_nums=patch_nums,
+    )
+    sizes = {"dim": 1024, "num_layers": 16, "num_heads": 16, "vocab_size": 4096, "code_dim": 32, "num_classes": 1000}
+    transformer = var_transformer.Transformer(var_transformer.TransformerConfig(**sizes, patch_nums=patch_nums))
+    teacher = var_transformer.VARTeacher(var_tokenizer.MultiScaleTokenizer(tokenizer), transformer)
+    return teacher, var_student.VARStudent(var_student.StudentConfig(**sizes, patch_nums=patch_nums))
+
+
+@pytest.mark.parametrize(
+    ("build", "teacher_size", "student_size"),
+    [(llamagen_b, 110_888_448 + 71_883_403, 98_321_672), (var_d16, 310_283_520 + 108_948_355, 328_165_664)],
+)
+def test_published_models_are_planned_without_their_weights(
+    build: Callable[[], tuple[torch.nn.Module, torch.nn.Module]], teacher_size: int, student_size: int
+) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.device("meta"):
+        teacher, student = build()
+    settings = TrajectorySettings(TeacherSampling(guidance_scale=2.0), FlowSettings(), micro_batch=64)
+    made = trajectory_cost(teacher, settings, 64, 1e14)
+    trained = distillation_cost(teacher, student, DistillSettings(num_updates=1), 64, 1e14, GPU)
+    assert made.fixed_bytes == 4 * teacher_size
+    assert trained.fixed_bytes == 4 * (teacher_size + 5 * student_size)
+    # Two operations for each weight that a token meets and for its conditional and unconditional pass, six to train.
+    tokens = 64 * teacher.order.length
+    assert 0.6 < made.flops / (2 * 2 * tokens * sum(p.numel() for p in teacher.transformer.parameters())) < 1.2
+    assert 0.6 < trained.flops / (6 * tokens * student_size) < 1.2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024, "KiB: weights were allocated"
+
+
+def test_products_take_time() -> None:
+    for bf16 in (False, True):
+        assert 1e6 < flops_per_second(CPU, bf16) < math.inf
+
+
+def test_readable_units() -> None:
+    cost = Cost(flops=2 * 10**12, seconds=1800, memory_bytes=3 * 2**30, fixed_bytes=2**30, disk_bytes=2**29)
+    values = {"memory_gib": 3.0, "fixed_gib": 1.0, "disk_gib": 0.5, "hours": 0.5, "teraflop": 2.0}
+    assert cost.readable() == values
