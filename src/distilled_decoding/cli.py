@@ -3,6 +3,7 @@
 import json as json_format
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +36,10 @@ def info(model: Model, json: bool = False) -> None:
     """Show what a model is.
 
     Args:
-        model: shipped name, folder or hub id.
+        model: shipped name, folder or hub id, or the name of a published model (var-d16, llamagen-b ...).
         json: print one JSON object.
     """
-    _print(commands.info(Pipeline.from_pretrained(model)), json)
+    _print(commands.info(commands.skeleton(model)), json)
 
 
 def sample(
@@ -84,55 +85,72 @@ def sample(
 
 def trajectories(
     model: Model,
-    num: int,
-    out: Path,
+    num: int | None = None,
+    out: Path | None = None,
     seed: int = 0,
     micro_batch: int = 256,
     shard_size: int = 4096,
     device: str = "cpu",
+    plan: bool = False,
     json: bool = False,
 ) -> None:
     """Let the teacher make trajectories: for each image its label, its noise and its tokens.
 
     Args:
         model: shipped name, folder or hub id.
-        num: trajectories in all; asking for more later adds to the folder.
+        num: trajectories in all, by default as many as the model's settings say; asking for more later adds to the
+            folder.
         out: folder of the shards.
         seed: of the run.
         micro_batch: images the teacher samples at once.
         shard_size: trajectories in a file.
         device: cpu, cuda, cuda:1 ... or mps.
+        plan: only say what it would need; MODEL may then also be the name of a published model.
         json: print one JSON object.
     """
+    if plan:
+        device = commands.check_device(device)
+        _print(commands.plan_trajectories(model, num, micro_batch, shard_size, device), json)
+        return
+    out = _needed(out, "--out")
     pipeline = _load(model, device)
+    num = pipeline.config.num_trajectories if num is None else num
     settings = TrajectorySettings(pipeline.config.sampling, pipeline.config.flow, seed, micro_batch, shard_size)
     _print(commands.make_trajectories(model, pipeline, out, num, settings), json)
 
 
 def distill(
     model: Model,
-    trajectories: Path,
-    out: Path,
     settings: Training,
+    trajectories: Path | None = None,
+    out: Path | None = None,
     split_block: int | None = None,
     perceptual: Perceptual = "none",
     device: str = "cpu",
+    plan: bool = False,
     json: bool = False,
 ) -> None:
     """Train a student on a model's trajectories; `out` is a whole pipeline folder when done.
 
     Args:
         model: shipped name, folder or hub id: the teacher.
+        settings: of the training.
         trajectories: folder that `trajectories` made with this model.
         out: folder of the new pipeline; checkpoints and the log lie beneath.
-        settings: of the training.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
         device: cpu, cuda, cuda:1 ... or mps.
+        plan: only say what it would need; MODEL may then also be the name of a published model.
         json: print one JSON object.
     """
+    if plan:
+        num = None if trajectories is None else TrajectoryStore.open(trajectories).num_trajectories
+        merged = partial(override, flags=settings)
+        _print(commands.plan_distillation(model, num, merged, commands.check_device(device)), json)
+        return
+    store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
+    out = _needed(out, "--out")
     pipeline = _load(model, device)
-    store = TrajectoryStore.open(trajectories)
     training = override(pipeline.config.training, settings)
     trained = commands.distill_student(model, pipeline, store, out, training, split_block, perceptual)
     _print({"pipeline": str(out), **commands.info(trained)}, json)
@@ -273,6 +291,12 @@ def _load(model: str, device: str) -> Pipeline:
     return Pipeline.from_pretrained(model, commands.check_device(device))
 
 
+def _needed(path: Path | None, flag: str) -> Path:
+    if path is None:
+        raise ValueError(f"{flag} is needed, except with --plan")
+    return path
+
+
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -294,4 +318,11 @@ def _print(values: Mapping[str, Any], as_json: bool, table: str | None = None) -
         print(table)
     else:
         for key, value in values.items():
-            print(f"{key.replace('_', ' ')}: {value}")
+            print(f"{key.replace('_', ' ')}: {_short(value)}")
+
+
+def _short(value: Any) -> Any:
+    """The ends of a long list."""
+    if isinstance(value, list) and len(value) > 20:
+        return f"{value[0]} ... {value[-1]} ({len(value)})"
+    return value

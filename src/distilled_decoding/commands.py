@@ -18,9 +18,11 @@ from torch import Tensor
 from distilled_decoding import trajectories, zoo
 from distilled_decoding.checkpoint import save_json, save_text
 from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.cost import distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, markdown_table, summary
 from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
+from distilled_decoding.families import family
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
 from distilled_decoding.index import INDEX, PipelineConfig
@@ -29,7 +31,7 @@ from distilled_decoding.metrics.perceptual import classifier_distance, effnet_li
 from distilled_decoding.noise import image_keys
 from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import Pipeline, Steps, problems
-from distilled_decoding.presets import Preset, preset
+from distilled_decoding.presets import PRESETS, Preset, preset
 from distilled_decoding.progress import progress_bar, stop_signal
 from distilled_decoding.records import claim, environment, identity, record
 from distilled_decoding.sampling import Plan
@@ -80,6 +82,7 @@ def sample_images(
     check_suffix(npz, ".npz")
     labels = run.labels or tuple(range(pipeline.num_classes))
     condition = Labels.checked([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
+    _check_labels(pipeline)
     plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
     if out is not None:
         settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}
@@ -146,6 +149,7 @@ def make_trajectories(
     """
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}")
+    _check_labels(pipeline)
     manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint)
     store = TrajectoryStore.create(out, manifest)
     record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
@@ -287,6 +291,69 @@ def convert(
     return {"pipeline": str(out), **info(pipeline)}
 
 
+def skeleton(model: str) -> Pipeline:
+    """A model to look at or to plan with: one that can be loaded, or a preset's, which has shapes but no weights.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if model not in PRESETS or Path(model).exists():
+        return Pipeline.from_pretrained(model)
+    own, maker = PRESETS[model], family(PRESETS[model].config.family)
+    with torch.device("meta"):
+        parts = {file.component: maker.kinds(file.component)[0](file.config) for file in own.files}
+        student = None if own.student is None else maker.kinds("student")[0](own.student)
+    parts.pop("student", None)
+    return Pipeline(maker.teacher(**parts), student, own.config)
+
+
+def plan_trajectories(model: str, num: int | None, micro_batch: int, shard_size: int, device: str) -> dict[str, Any]:
+    """What `trajectories` would need: time, memory, disk; nothing is written.
+
+    Raises:
+        ValueError: there is no such model, or the counts do not fit each other.
+    """
+    pipeline = skeleton(model)
+    config = pipeline.config
+    num = config.num_trajectories if num is None else num
+    settings = trajectories.TrajectorySettings(config.sampling, config.flow, 0, micro_batch, shard_size)
+    _check_labels(pipeline)
+    cost = trajectory_cost(pipeline.teacher, settings, num, flops_per_second(torch.device(device), bf16=False))
+    return {"trajectories": num, "micro_batch": micro_batch, "device": device, **cost.readable()}
+
+
+def plan_distillation(
+    model: str, num: int | None, settings: Callable[[DistillSettings], DistillSettings], device: str
+) -> dict[str, Any]:
+    """What `distill` would need: time, memory, disk; nothing is written.
+
+    Args:
+        model: a model, or a preset's name.
+        num: trajectories; None means as many as the model's settings say.
+        settings: of the training, out of the model's own.
+        device: where it will run.
+
+    Raises:
+        ValueError: there is no such model, or the settings do not fit it.
+    """
+    pipeline = skeleton(model)
+    _check_labels(pipeline)
+    num = pipeline.config.num_trajectories if num is None else num
+    training = settings(pipeline.config.training)
+    training = replace(training, start_blocks=training.start_blocks or pipeline.config.start_blocks)
+    training.check(pipeline.teacher.order, pipeline.config.split_block)
+    student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
+    speed = flops_per_second(torch.device(device), training.bf16)
+    cost = distillation_cost(pipeline.teacher, student, training, num, speed, torch.device(device))
+    what = {"updates": training.num_updates, "batch_size": training.batch_size, "trajectories": num}
+    return {**what, "device": device, **cost.readable()}
+
+
+def _check_labels(pipeline: Pipeline) -> None:
+    if pipeline.num_classes == 0:
+        raise ValueError("this model reads captions; trajectories, distillation and sampling are of classes so far")
+
+
 def info(pipeline: Pipeline) -> dict[str, Any]:
     """What a model is: family, classes, blocks, sizes, sampling, and what was published of it."""
     order = pipeline.teacher.order
@@ -307,7 +374,7 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
         "student": pipeline.student is not None,
         "num_trajectories": pipeline.config.num_trajectories,
         "training": asdict(pipeline.config.training),
-        "teacher_hash": pipeline.fingerprint,
+        "teacher_hash": None if pipeline.teacher.codebook.is_meta else pipeline.fingerprint,
         "published": None if pipeline.config.preset is None else published(preset(pipeline.config.preset)),
     }
 

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Labels
 from distilled_decoding.distill import DistillSettings, batch_loss
 from distilled_decoding.flow import flow_map
 from distilled_decoding.store import Shard
@@ -91,7 +91,7 @@ def trajectory_cost(teacher: Any, settings: TrajectorySettings, num: int, flops_
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
         teacher = _shapes_of(teacher)
         fixed_bytes = meter.held
-        condition = Condition(torch.zeros(size, dtype=torch.int64), teacher.num_classes)
+        condition = Labels(torch.zeros(size, dtype=torch.int64), teacher.num_classes)
         token_BL = torch.zeros(size, order.length, dtype=torch.int64)
 
         def step(state: Any, block: int) -> tuple[Any, _Count]:

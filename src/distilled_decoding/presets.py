@@ -71,6 +71,7 @@ class Preset:
     Attributes:
         name: what `--preset` calls it.
         files: tokenizer, transformer and, where there is one, student.
+        student: sizes of the student, published or not; None for text, which ours do not read.
         image_size: pixels along a side.
         config: of the pipeline: recommended sampling, schedule and training.
         published: which settings of `config` their authors state; the others are ours.
@@ -79,6 +80,7 @@ class Preset:
 
     name: str
     files: tuple[PublishedFile, ...]
+    student: Any | None
     image_size: int
     config: PipelineConfig
     published: tuple[str, ...]
@@ -129,8 +131,9 @@ def _var(name: str, depth: int, results: tuple[Result, ...], distilled: bool, si
         _multi_scale(sizes["patch_nums"]),
         PublishedFile(f"var_d{depth}.pth", "var", "transformer", VARConfig(**sizes)),
     ]
+    student = VARStudentConfig(**sizes)
     if distilled:
-        files.append(PublishedFile(f"VAR-DD/var-d{depth}.pth", "var", "student", VARStudentConfig(**sizes)))
+        files.append(PublishedFile(f"VAR-DD/var-d{depth}.pth", "var", "student", student))
     second = 5 if depth == 16 else 4
     config = PipelineConfig(
         family="var",
@@ -146,7 +149,7 @@ def _var(name: str, depth: int, results: tuple[Result, ...], distilled: bool, si
         preset=name,
     )
     published = ("sampling", "start_blocks", "split_block") if distilled else ("sampling",)
-    return Preset(name, tuple(files), size, config, published, results)
+    return Preset(name, tuple(files), student, size, config, published, results)
 
 
 def _training(learning_rate: float) -> DistillSettings:
@@ -191,13 +194,13 @@ def _llamagen(
     sizes = _llamagen_sizes(size, (image_size // 16) ** 2)
     file = f"c2i_{size}_{image_size}.pt"
     files = [VQ_16_C2I, PublishedFile(file, "llamagen", "transformer", LlamaGenConfig(**sizes))]
+    student = LlamaGenStudentConfig(**sizes, code_dim=8)
     if split_block is not None:
-        student = LlamaGenStudentConfig(**sizes, code_dim=8)
         files.append(PublishedFile(f"LlamaGen-DD/llamagen-{size}.pt", "llamagen", "student", student))
     sampling = TeacherSampling(guidance, top_k=0 if split_block is None else 8000)
     published = ("sampling",) if split_block is None else ("sampling", "start_blocks", "split_block")
     config = _raster_config(name, sizes, sampling, split_block)
-    return Preset(name, tuple(files), image_size, config, published, results)
+    return Preset(name, tuple(files), student, image_size, config, published, results)
 
 
 def _llamagen_text(stage: int, image_size: int) -> Preset:
@@ -205,7 +208,7 @@ def _llamagen_text(stage: int, image_size: int) -> Preset:
     sizes = _llamagen_sizes("XL", (image_size // 16) ** 2, num_classes=0, caption_tokens=120, caption_dim=2048)
     file = PublishedFile(f"t2i_XL_stage{stage}_{image_size}.pt", "llamagen", "transformer", LlamaGenConfig(**sizes))
     config = _raster_config(name, sizes, TeacherSampling(7.5, top_k=1000), None)
-    return Preset(name, (VQ_16_T2I, file), image_size, config, ("sampling",), ())
+    return Preset(name, (VQ_16_T2I, file), None, image_size, config, ("sampling",), ())
 
 
 def _raster_config(
