@@ -17,6 +17,7 @@ from distilled_decoding import cli, demo, zoo
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.records import environment
 from tests import tiny
+from tests.test_convert import VAR
 
 
 @pytest.fixture(scope="module")
@@ -257,13 +258,20 @@ def test_every_field_of_json_is_documented(
         "distill": [model, "--trajectories", made, "--num-updates", 1, "--batch-size", 2, "--out", tmp_path / "d"],
         "evaluate": [model, "--num", 6, "--seeds", 0, 1, "--methods", "teacher", 1, "--out", tmp_path / "e"],
         "demo": ["--model", model, "--fast", "--out", tmp_path / "demo"],
+        "convert": [*VAR, "--out", tmp_path / "c"],
         "verify": [made],
+        "trajectories --plan": [model, "--num", 8],
+        "distill --plan": [model, "--num-updates", 2],
     }
-    assert set(words) == set(cli.COMMANDS)
-    printed = {name: fields(json.loads(run(name, *rest, "--json")[1])) for name, rest in words.items()}
+    assert {name.split()[0] for name in words} == set(cli.COMMANDS)
+    printed = {name: fields(json.loads(run(*name.split(), *rest, "--json")[1])) for name, rest in words.items()}
     documented = documented_fields()
     place = {name for name in documented["run.json"] if name.split(".")[0] in environment()}
+    assert fields(json.loads(run("info", "llamagen-b", "--json")[1])) == documented["info"]
+    documented["info"] = {name for name in documented["info"] if not name.startswith("published.")}
     documented["distill"] |= documented["info"]
+    documented["convert"] |= documented["info"]
+    documented["distill --plan"] |= documented["trajectories --plan"] - {"micro_batch"}
     documented["evaluate"] |= place
     documented["demo"] |= place
     for name in words:

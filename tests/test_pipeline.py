@@ -146,7 +146,8 @@ def written(folder: Path, **fields: object) -> Path:
     PIPE.save_pretrained(folder)
     path = folder / "model_index.json"
     index = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({key: value for key, value in index.items() if value is not None}))
+    gone = {key for key, value in fields.items() if value is None}
+    path.write_text(json.dumps({key: value for key, value in index.items() if key not in gone}))
     return folder
 
 

@@ -360,6 +360,7 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.teacher.named_children()}
     if pipeline.student is not None:
         parameters["student"] = sum(p.numel() for p in pipeline.student.parameters())
+    own = {} if pipeline.config.preset is None else {"published": published(preset(pipeline.config.preset))}
     return {
         "family": pipeline.config.family,
         "classes": list(pipeline.config.class_names),
@@ -375,7 +376,7 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
         "num_trajectories": pipeline.config.num_trajectories,
         "training": asdict(pipeline.config.training),
         "teacher_hash": None if pipeline.teacher.codebook.is_meta else pipeline.fingerprint,
-        "published": None if pipeline.config.preset is None else published(preset(pipeline.config.preset)),
+        **own,
     }
 
 
