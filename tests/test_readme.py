@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from distilled_decoding import cli, demo
+from tests.test_convert import VAR
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = [shlex.split(line) for line in re.findall(r"^\| `distilled-decoding ([^`]*)`", README, re.MULTILINE)]
@@ -25,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(words: list[str]) -> list[str]:
     words = ["fashion-llamagen" if word == "MODEL" else word for word in words]
+    if "FILES" in words:
+        words[words.index("FILES") : words.index("FILES") + 1] = map(str, VAR)
     for flag, value in SMALL.get(words[0], {}).items():
         if flag in words:
             words[words.index(flag) + 1] = str(value)
