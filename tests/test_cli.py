@@ -254,7 +254,7 @@ def test_every_field_of_json_is_documented(
     words = {
         "info": [model],
         "sample": [model, "--num", 2, "--out", tmp_path / "s"],
-        "trajectories": [model, "--num", 8, "--micro-batch", 8, "--shard-size", 8, "--out", tmp_path / "t"],
+        "trajectories": [model, "--num", 8, "--out", tmp_path / "t"],
         "distill": [model, "--trajectories", made, "--num-updates", 1, "--batch-size", 2, "--out", tmp_path / "d"],
         "evaluate": [model, "--num", 6, "--seeds", 0, 1, "--methods", "teacher", 1, "--out", tmp_path / "e"],
         "demo": ["--model", model, "--fast", "--out", tmp_path / "demo"],

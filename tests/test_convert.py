@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilled_decoding import Pipeline, cli
+from distilled_decoding import Pipeline, cli, commands
 from distilled_decoding.condition import Labels
 from distilled_decoding.convert import identify, read_parts
 from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
@@ -96,6 +96,10 @@ def test_what_was_converted_is_saved_loaded_and_sampled_as_any_pipeline(make: Ca
         assert torch.equal(code_BLC, expected_BLC)
 
 
+def test_sizes_may_come_as_a_list() -> None:
+    assert Pipeline.from_original(VAR, patch_nums=[1, 2, 3, 4]).teacher.order.num_blocks == 4
+
+
 def test_the_order_of_the_files_does_not_matter() -> None:
     assert Pipeline.from_original(VAR[::-1]).fingerprint == Pipeline.from_original(VAR).fingerprint
 
@@ -116,8 +120,8 @@ def changed(path: Path, out: Path, change: Callable[[dict[str, Tensor]], object]
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda w: w.pop("head.bias"), "seems to be a var transformer, lacks 'head.bias'"),
-        (lambda w: w.pop("word_embed.weight"), "lacks 'word_embed.weight', from which its sizes would be told"),
+        (lambda w: w.pop("head.bias"), r"var.pth \(by its names a var transformer\) lacks 'head.bias'"),
+        (lambda w: w.pop("word_embed.weight"), r"a var transformer\) lacks 'word_embed.weight', from which its sizes"),
         (lambda w: w.update(more=torch.ones(1)), "also holds 'more', which does not belong there"),
         (lambda w: w.update({"head.bias": torch.ones(3)}), "'head.bias' has shape \\(3,\\), not \\(16,\\)"),
     ],
@@ -131,7 +135,7 @@ def test_an_extra_missing_or_misshaped_key_is_named(change: Callable, sentence: 
 def test_keys_of_the_tokenizer_are_named_as_in_its_file(tmp_path: Path) -> None:
     name = "decoder.up.0.attn.1.qkv.weight"
     path = changed(VAR[0], tmp_path / "vae.pth", lambda weights: weights.pop(name))
-    with pytest.raises(ValueError, match=f"seems to be a var tokenizer, lacks '{name}'"):
+    with pytest.raises(ValueError, match=f"by its names a var tokenizer.* lacks '{name}'"):
         Pipeline.from_original([path, VAR[1]])
 
 
@@ -146,9 +150,12 @@ def test_keys_of_the_tokenizer_are_named_as_in_its_file(tmp_path: Path) -> None:
         (LLAMAGEN, {"num_heads": 2, "num_tokens": 15}, "square number"),
         (LLAMAGEN, SIZES | {"patch_nums": (1, 2)}, "a llamagen model has no patch_nums"),
         (VAR, {"num_heads": 2}, "has num_heads 1, not 2"),
-        (VAR, {"preset": "var-d16"}, "are not var-d16: ch of the tokenizer is 32, not 160"),
+        (VAR, {"preset": "var-d16"}, "are not var-d16: ch is 32, not 160, of the tokenizer"),
         (LLAMAGEN, {"preset": "var-d16"}, "are not var-d16: it has no llamagen tokenizer"),
         (VAR, {"preset": "var"}, "unknown preset 'var'"),
+        (VAR, {"weights": "averaged"}, "unknown weights 'averaged'; choose one of ema, raw"),
+        (str(VAR[0]), {}, "paths must be several files"),
+        ([FILES, VAR[0]], {}, "is a folder; give the published files themselves"),
     ],
 )
 def test_files_that_make_no_model_are_one_sentence(files: list[Path], options: dict[str, Any], sentence: str) -> None:
@@ -175,10 +182,44 @@ def test_twins_must_be_told_apart_by_name(tmp_path: Path) -> None:
     files = [full_size(name, tmp_path) for name in ("llamagen_vq_ds16_c2i", "llamagen_c2i_B_256")]
     with pytest.raises(ValueError, match="fit llamagen-b or llamagen-b-384, .* say which with --preset"):
         read_parts(files)
-    assert read_parts(files, "llamagen-b-384").config.preset == "llamagen-b-384"
+    assert read_parts(files, "llamagen-b").config.preset == "llamagen-b"
+    with pytest.raises(ValueError, match="c2i_B_256.pt has the name of another published file than llamagen-b-384's"):
+        read_parts(files, "llamagen-b-384")
     # Either of these tells, too.
     assert read_parts(files, num_tokens=256).config.preset == "llamagen-b"
     assert read_parts([*files, full_size("dd_llamagen_B_256", tmp_path)]).config.preset == "llamagen-b"
+
+
+def test_a_file_under_the_name_of_its_twin_is_refused(tmp_path: Path) -> None:
+    files = [full_size(name, tmp_path) for name in ("llamagen_vq_ds16_t2i", "llamagen_c2i_XL_384")]
+    with pytest.raises(
+        ValueError, match="vq_ds16_t2i.pt has the name of another .*llamagen-xl-384's tokenizer, vq_ds16_c2i"
+    ):
+        read_parts(files)
+    assert read_parts([files[0].rename(tmp_path / "mine.pt"), files[1]]).config.preset == "llamagen-xl-384"
+
+
+def test_files_of_several_published_models_are_told_by_name(tmp_path: Path) -> None:
+    files = [full_size(name, tmp_path) for name in ("var_vae_ch160v4096z32", "var_d16_256", "dd_var_d20_256")]
+    with pytest.raises(
+        ValueError, match="several published models.* transformer is var_d16.pth, .* VAR-DD/var-d20.pth"
+    ):
+        read_parts(files)
+
+
+def test_a_student_of_ones_own_is_not_the_published_one(tmp_path: Path) -> None:
+    published = full_size_pipeline(tmp_path)
+    assert commands.info(published)["published"]["settings_published"] == ["sampling", "start_blocks", "split_block"]
+    changed = published.with_settings(split_block=2)
+    assert commands.info(changed)["published"]["settings_published"] == ["sampling", "start_blocks"]
+    own = published.with_student(published.student, (0, 5), 5)
+    assert own.config.preset is None and "published" not in commands.info(own)
+
+
+def full_size_pipeline(folder: Path) -> Pipeline:
+    names = ("llamagen_vq_ds16_c2i", "llamagen_c2i_B_256", "dd_llamagen_B_256")
+    parts = read_parts([full_size(name, folder) for name in names])
+    return Pipeline(parts.teacher.to("meta"), parts.student.to("meta"), parts.config)
 
 
 def test_a_published_model_comes_with_its_settings(tmp_path: Path) -> None:

@@ -10,14 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from distilled_decoding import commands
 from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.distill import DistillSettings, distill
-from distilled_decoding.families.llamagen import student as llamagen_student
-from distilled_decoding.families.llamagen import tokenizer as llamagen_tokenizer
-from distilled_decoding.families.llamagen import transformer as llamagen_transformer
-from distilled_decoding.families.var import student as var_student
-from distilled_decoding.families.var import tokenizer as var_tokenizer
-from distilled_decoding.families.var import transformer as var_transformer
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import LossWeights
 from distilled_decoding.store import TrajectoryStore
@@ -138,50 +133,14 @@ def test_planning_leaves_the_models_alone() -> None:
         assert type(parameter) is torch.nn.Parameter and parameter.device == CPU
 
 
-def llamagen_b() -> tuple[torch.nn.Module, torch.nn.Module]:
-    tokenizer = llamagen_tokenizer.TokenizerConfig(
-        image_channels=3,
-        ch=128,
-        encoder_ch_mult=(1, 1, 2, 2, 4),
-        decoder_ch_mult=(1, 1, 2, 2, 4),
-        num_res_blocks=2,
-        z_channels=256,
-        codebook_size=16384,
-        code_dim=8,
-    )
-    sizes = {"dim": 768, "num_layers": 12, "num_heads": 12, "vocab_size": 16384, "num_tokens": 256, "num_classes": 1000}
-    transformer = llamagen_transformer.Transformer(llamagen_transformer.TransformerConfig(**sizes))
-    teacher = llamagen_transformer.LlamaGenTeacher(llamagen_tokenizer.VQTokenizer(tokenizer), transformer)
-    return teacher, llamagen_student.LlamaGenStudent(llamagen_student.StudentConfig(**sizes, code_dim=8))
-
-
-def var_d16() -> tuple[torch.nn.Module, torch.nn.Module]:
-    patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    tokenizer = var_tokenizer.TokenizerConfig(
-        image_channels=3,
-        ch=160,
-        ch_mult=(1, 1, 2, 2, 4),
-        num_res_blocks=2,
-        z_channels=32,
-        codebook_size=4096,
-        patch_nums=patch_nums,
-    )
-    sizes = {"dim": 1024, "num_layers": 16, "num_heads": 16, "vocab_size": 4096, "code_dim": 32, "num_classes": 1000}
-    transformer = var_transformer.Transformer(var_transformer.TransformerConfig(**sizes, patch_nums=patch_nums))
-    teacher = var_transformer.VARTeacher(var_tokenizer.MultiScaleTokenizer(tokenizer), transformer)
-    return teacher, var_student.VARStudent(var_student.StudentConfig(**sizes, patch_nums=patch_nums))
-
-
 @pytest.mark.parametrize(
-    ("build", "teacher_size", "student_size"),
-    [(llamagen_b, 110_888_448 + 71_883_403, 98_321_672), (var_d16, 310_283_520 + 108_948_355, 328_165_664)],
+    ("name", "teacher_size", "student_size"),
+    [("llamagen-b", 110_888_448 + 71_883_403, 98_321_672), ("var-d16", 310_283_520 + 108_948_355, 328_165_664)],
 )
-def test_published_models_are_planned_without_their_weights(
-    build: Callable[[], tuple[torch.nn.Module, torch.nn.Module]], teacher_size: int, student_size: int
-) -> None:
+def test_published_models_are_planned_without_their_weights(name: str, teacher_size: int, student_size: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.device("meta"):
-        teacher, student = build()
+    skeleton = commands.skeleton(name)
+    teacher, student = skeleton.teacher, skeleton.student
     settings = TrajectorySettings(TeacherSampling(guidance_scale=2.0), FlowSettings(), micro_batch=64)
     made = trajectory_cost(teacher, settings, 64, 1e14)
     trained = distillation_cost(teacher, student, DistillSettings(num_updates=1), 64, 1e14, GPU)

@@ -1,15 +1,14 @@
 """docs/published-models.md says of every published model what the presets say, and its commands do it."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
-import tyro
 
-from distilled_decoding import commands
+from distilled_decoding import Pipeline, cli, commands
 from distilled_decoding.convert import read_parts
 from distilled_decoding.presets import DD1, LLAMAGEN_README, PRESETS, VAR_README, VQ_8_C2I
-from distilled_decoding.teacher import Prefix
 from tests.test_convert import full_size
 from tests.test_presets import LISTS, listed
 
@@ -35,28 +34,23 @@ def test_the_command_of_a_model_makes_that_model(name: str, tmp_path: Path) -> N
     assert read_parts(files, preset).config.preset == name
 
 
-def options(
-    steps: str | None = None,
-    schedule: tuple[int, ...] | None = None,
-    teacher_span: tuple[int, int] | None = None,
-    prefix: Prefix = "causal",
-    split_block: int | None = None,
-) -> dict:
-    number = int(steps) if steps is not None and steps.isdecimal() else steps
-    return {"plan": (number, schedule, teacher_span, prefix), "split_block": split_block}
+def planned(run: commands.SampleRun, pipeline: Pipeline, *places: object) -> dict:
+    """In place of sampling: the plan alone, which says whether it can be done."""
+    pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
+    return {}
 
 
 @pytest.mark.parametrize("name", [name for name, own in PRESETS.items() if own.results])
-def test_every_published_result_is_on_the_page_and_can_be_sampled(name: str) -> None:
+def test_every_published_result_is_on_the_page_and_can_be_sampled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         line.split(" | ") for line in PAGE.splitlines() if line.startswith(f"| `{name}` | ") and "convert" not in line
     ]
-    skeleton = commands.skeleton(name)
+    monkeypatch.setattr(cli, "_load", lambda model, device: commands.skeleton(model))
+    monkeypatch.setattr(commands, "sample_images", planned)
     for row, result in zip(rows, PRESETS[name].results, strict=True):
         _, protocol, words, fid, *rest = (cell.strip(" |`") for cell in row)
         assert (PROTOCOLS[protocol], words, float(fid)) == (result.protocol, result.method, result.fid)
         stated = (result.inception_score, result.precision, result.recall)
         assert rest == ["" if value is None else f"{value:g}" for value in stated]
-        given = tyro.cli(options, args=words.split())
-        split = {} if given["split_block"] is None else {"split_block": given["split_block"]}
-        skeleton.with_settings(**split).plan(*given["plan"])
+        monkeypatch.setattr(sys, "argv", ["distilled-decoding", "sample", name, *words.split()])
+        cli.main()

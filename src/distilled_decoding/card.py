@@ -21,21 +21,21 @@ def model_card(pipeline: "Pipeline", name: str) -> str:
     config, order, flow = pipeline.config, pipeline.teacher.order, pipeline.config.flow
     codes, channels = pipeline.teacher.codebook.shape
     what = "teacher and its distilled student" if pipeline.student is not None else "teacher, not distilled yet"
-    steps = "1" if pipeline.student is not None else "teacher"
-    labels = [0, pipeline.num_classes - 1]
+    reads = "class" if pipeline.num_classes else "text"
+    task = "text-to-image" if reads == "text" else "unconditional-image-generation"
     return f"""---
 library_name: distilled-decoding
-pipeline_tag: unconditional-image-generation
-tags: {json.dumps([config.family, "class-conditional", "autoregressive", "distillation"])}
+pipeline_tag: {task}
+tags: {json.dumps([config.family, f"{reads}-conditional", "autoregressive", "distillation"])}
 ---
 
 # {name}
 
-A class-conditional autoregressive image model of the family `{config.family}`: a {what}.
+A {reads}-conditional autoregressive image model of the family `{config.family}`: a {what}.
 
 | | |
 |---|---|
-| classes | {len(config.class_names)}: {_classes(config.class_names)} |
+| classes | {len(config.class_names)}{_classes(config.class_names)} |
 | tokens of an image | {order.length} |
 | blocks, each a forward pass of the teacher | {order.num_blocks} |
 | codebook | {codes} codes of {channels} channels |
@@ -50,11 +50,28 @@ It samples with these settings. A student learns them with it, by the {flow.solv
 
 ## Student
 
-{_student(config) if pipeline.student is not None else "None yet: `distilled-decoding distill` makes one."}
+{_student(config) if pipeline.student is not None else _NO_STUDENT[reads]}
 
 ## Use
 
-```python
+{_use_of_text(name) if reads == "text" else _use(pipeline, name)}
+
+## Measured
+
+Nothing yet. Only what `distilled-decoding evaluate` prints belongs here, with its samples, seeds and machine.
+"""
+
+
+_NO_STUDENT = {
+    "class": "None yet: `distilled-decoding distill` makes one.",
+    "text": "None: students are of classes.",
+}
+
+
+def _use(pipeline: "Pipeline", name: str) -> str:
+    labels = [0, pipeline.num_classes - 1]
+    steps = "1" if pipeline.student is not None else "teacher"
+    return f"""```python
 from distilled_decoding import Pipeline
 
 pipe = Pipeline.from_pretrained("{name}")
@@ -63,16 +80,23 @@ images = pipe(labels={labels}, seeds=[0, 1], steps={steps if steps == "1" else f
 
 ```
 distilled-decoding sample {name} --labels {labels[0]} {labels[1]} --num 8 --steps {steps} --out samples
+```"""
+
+
+def _use_of_text(name: str) -> str:
+    return f"""```python
+from distilled_decoding import Pipeline
+
+teacher = Pipeline.from_pretrained("{name}").teacher
 ```
 
-## Measured
-
-Nothing yet. Only what `distilled-decoding evaluate` prints belongs here, with its samples, seeds and machine.
-"""
+The teacher reads `distilled_decoding.condition.Captions`, the features that its text encoder gives."""
 
 
 def _classes(names: tuple[str, ...]) -> str:
-    return ", ".join(names) if len(names) <= _LISTED_CLASSES else f"{names[0]} to {names[-1]}"
+    if not names:
+        return ", it reads captions"
+    return ": " + (", ".join(names) if len(names) <= _LISTED_CLASSES else f"{names[0]} to {names[-1]}")
 
 
 def _settings(config: "PipelineConfig") -> str:

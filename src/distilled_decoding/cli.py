@@ -24,7 +24,6 @@ from distilled_decoding.pipeline import Pipeline, Steps
 from distilled_decoding.progress import Stopped
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
-from distilled_decoding.trajectories import TrajectorySettings
 
 Model = Positional[str]
 Training: Any = flags_for(DistillSettings, own_defaults=("bf16", "compile", "seed"))
@@ -88,8 +87,8 @@ def trajectories(
     num: int | None = None,
     out: Path | None = None,
     seed: int = 0,
-    micro_batch: int = 256,
-    shard_size: int = 4096,
+    micro_batch: int | None = None,
+    shard_size: int | None = None,
     device: str = "cpu",
     plan: bool = False,
     json: bool = False,
@@ -102,20 +101,18 @@ def trajectories(
             folder.
         out: folder of the shards.
         seed: of the run.
-        micro_batch: images the teacher samples at once.
-        shard_size: trajectories in a file.
+        micro_batch: images the teacher samples at once; by default the model's.
+        shard_size: trajectories in a file; by default as many micro-batches as go into 4,096.
         device: cpu, cuda, cuda:1 ... or mps.
         plan: only say what it would need; MODEL may then also be the name of a published model.
         json: print one JSON object.
     """
     if plan:
-        device = commands.check_device(device)
-        _print(commands.plan_trajectories(model, num, micro_batch, shard_size, device), json)
+        _print(commands.plan_trajectories(model, num, micro_batch, commands.check_device(device)), json)
         return
     out = _needed(out, "--out")
     pipeline = _load(model, device)
-    num = pipeline.config.num_trajectories if num is None else num
-    settings = TrajectorySettings(pipeline.config.sampling, pipeline.config.flow, seed, micro_batch, shard_size)
+    settings = commands.trajectory_settings(pipeline, seed, micro_batch, shard_size)
     _print(commands.make_trajectories(model, pipeline, out, num, settings), json)
 
 
@@ -146,7 +143,8 @@ def distill(
     if plan:
         num = None if trajectories is None else TrajectoryStore.open(trajectories).num_trajectories
         merged = partial(override, flags=settings)
-        _print(commands.plan_distillation(model, num, merged, commands.check_device(device)), json)
+        device = commands.check_device(device)
+        _print(commands.plan_distillation(model, num, merged, split_block, perceptual, device), json)
         return
     store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
     out = _needed(out, "--out")

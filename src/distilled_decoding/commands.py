@@ -31,7 +31,7 @@ from distilled_decoding.metrics.perceptual import classifier_distance, effnet_li
 from distilled_decoding.noise import image_keys
 from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import Pipeline, Steps, problems
-from distilled_decoding.presets import PRESETS, Preset, preset
+from distilled_decoding.presets import PRESETS, preset
 from distilled_decoding.progress import progress_bar, stop_signal
 from distilled_decoding.records import claim, environment, identity, record
 from distilled_decoding.sampling import Plan
@@ -80,9 +80,9 @@ def sample_images(
         raise ValueError("nowhere to write: give --out FOLDER, --grid FILE or --npz FILE")
     check_suffix(picture, ".png")
     check_suffix(npz, ".npz")
+    pipeline.check_labels()
     labels = run.labels or tuple(range(pipeline.num_classes))
     condition = Labels.checked([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
-    _check_labels(pipeline)
     plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
     if out is not None:
         settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}
@@ -126,7 +126,7 @@ def make_trajectories(
     model: str,
     pipeline: Pipeline,
     out: Path,
-    num: int,
+    num: int | None,
     settings: trajectories.TrajectorySettings,
     title: str = "trajectories",
 ) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def make_trajectories(
         model: name for the record.
         pipeline: the model; its student is not used.
         out: folder of the shards.
-        num: how many there shall be.
+        num: how many there shall be; None means as many as the model's settings say.
         settings: what determines them.
         title: what the progress bar says.
 
@@ -147,9 +147,8 @@ def make_trajectories(
         ValueError: counts that are not positive, or a folder that holds another run.
         Stopped: the user asked to stop.
     """
-    if num < 1:
-        raise ValueError(f"--num must be at least 1, got {num}")
-    _check_labels(pipeline)
+    num = _count(pipeline, num)
+    pipeline.check_labels()
     manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint)
     store = TrajectoryStore.create(out, manifest)
     record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
@@ -307,23 +306,44 @@ def skeleton(model: str) -> Pipeline:
     return Pipeline(maker.teacher(**parts), student, own.config)
 
 
-def plan_trajectories(model: str, num: int | None, micro_batch: int, shard_size: int, device: str) -> dict[str, Any]:
+def trajectory_settings(
+    pipeline: Pipeline, seed: int, micro_batch: int | None, shard_size: int | None
+) -> trajectories.TrajectorySettings:
+    """How to make a model's trajectories; None leaves the micro-batch to the model, and about 4,096 to a file."""
+    config = pipeline.config
+    size = config.micro_batch if micro_batch is None else micro_batch
+    in_file = max(1, 4096 // max(size, 1)) * size if shard_size is None else shard_size
+    return trajectories.TrajectorySettings(config.sampling, config.flow, seed, size, in_file)
+
+
+def _count(pipeline: Pipeline, num: int | None) -> int:
+    num = pipeline.config.num_trajectories if num is None else num
+    if num < 1:
+        raise ValueError(f"--num must be at least 1, got {num}")
+    return num
+
+
+def plan_trajectories(model: str, num: int | None, micro_batch: int | None, device: str) -> dict[str, Any]:
     """What `trajectories` would need: time, memory, disk; nothing is written.
 
     Raises:
         ValueError: there is no such model, or the counts do not fit each other.
     """
     pipeline = skeleton(model)
-    config = pipeline.config
-    num = config.num_trajectories if num is None else num
-    settings = trajectories.TrajectorySettings(config.sampling, config.flow, 0, micro_batch, shard_size)
-    _check_labels(pipeline)
+    num = _count(pipeline, num)
+    settings = trajectory_settings(pipeline, 0, micro_batch, None)
+    pipeline.check_labels()
     cost = trajectory_cost(pipeline.teacher, settings, num, flops_per_second(torch.device(device), bf16=False))
-    return {"trajectories": num, "micro_batch": micro_batch, "device": device, **cost.readable()}
+    return {"trajectories": num, "micro_batch": settings.micro_batch, "device": device, **cost.readable()}
 
 
 def plan_distillation(
-    model: str, num: int | None, settings: Callable[[DistillSettings], DistillSettings], device: str
+    model: str,
+    num: int | None,
+    settings: Callable[[DistillSettings], DistillSettings],
+    split_block: int | None,
+    perceptual: str,
+    device: str,
 ) -> dict[str, Any]:
     """What `distill` would need: time, memory, disk; nothing is written.
 
@@ -331,27 +351,25 @@ def plan_distillation(
         model: a model, or a preset's name.
         num: trajectories; None means as many as the model's settings say.
         settings: of the training, out of the model's own.
+        split_block: as `distill_student` takes it, like the next.
+        perceptual: name of the distance of decoded images.
         device: where it will run.
 
     Raises:
         ValueError: there is no such model, or the settings do not fit it.
     """
     pipeline = skeleton(model)
-    _check_labels(pipeline)
-    num = pipeline.config.num_trajectories if num is None else num
+    pipeline.check_labels()
+    num = _count(pipeline, num)
     training = settings(pipeline.config.training)
     training = replace(training, start_blocks=training.start_blocks or pipeline.config.start_blocks)
-    training.check(pipeline.teacher.order, pipeline.config.split_block)
+    training.check(pipeline.teacher.order, pipeline.config.split_block if split_block is None else split_block)
+    _check_perceptual(perceptual, training.loss.perceptual_weight)
     student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
     speed = flops_per_second(torch.device(device), training.bf16)
     cost = distillation_cost(pipeline.teacher, student, training, num, speed, torch.device(device))
     what = {"updates": training.num_updates, "batch_size": training.batch_size, "trajectories": num}
     return {**what, "device": device, **cost.readable()}
-
-
-def _check_labels(pipeline: Pipeline) -> None:
-    if pipeline.num_classes == 0:
-        raise ValueError("this model reads captions; trajectories, distillation and sampling are of classes so far")
 
 
 def info(pipeline: Pipeline) -> dict[str, Any]:
@@ -360,7 +378,7 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.teacher.named_children()}
     if pipeline.student is not None:
         parameters["student"] = sum(p.numel() for p in pipeline.student.parameters())
-    own = {} if pipeline.config.preset is None else {"published": published(preset(pipeline.config.preset))}
+    own = {} if pipeline.config.preset is None else {"published": published(pipeline.config)}
     return {
         "family": pipeline.config.family,
         "classes": list(pipeline.config.class_names),
@@ -380,14 +398,18 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def published(own: Preset) -> dict[str, Any]:
+def published(config: PipelineConfig) -> dict[str, Any]:
     """What a preset knows of a published model: its files, which settings are its authors', and their results."""
+    assert config.preset is not None
+    own = preset(config.preset)
+    theirs = [name for name in own.published if getattr(config, name) == getattr(own.config, name)]
     return {
         "preset": own.name,
         "image_size": own.image_size,
         "files": {file.component: file.name for file in own.files},
-        "settings_published": list(own.published),
-        "settings_ours": [name for name in _RECOMMENDED if name not in own.published],
+        "settings_published": theirs,
+        "settings_ours": [name for name in _RECOMMENDED if name not in theirs],
+        "settings_source": own.source,
         "results": [asdict(result) for result in own.results],
     }
 

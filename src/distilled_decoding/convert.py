@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from distilled_decoding.families.published import Published, load_published
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.index import PipelineConfig
 from distilled_decoding.originals import Weights, read_original
-from distilled_decoding.presets import PRESETS, Preset, preset
+from distilled_decoding.presets import FILES, PRESETS, Preset, preset
 from distilled_decoding.teacher import TeacherSampling
 
 _DEFAULT_WEIGHTS: dict[str, Weights] = {"tokenizer": "ema", "transformer": "raw", "student": "ema"}
@@ -24,6 +24,7 @@ _DEFAULT_WEIGHTS: dict[str, Weights] = {"tokenizer": "ema", "transformer": "raw"
 class Original:
     """A published file: of which family, which component, and the sizes that its names and shapes tell."""
 
+    path: Path
     family: str
     component: str
     sizes: dict[str, Any]
@@ -50,17 +51,19 @@ def identify(path: Path, weights: Weights | None = None, allow_namespace: bool =
     Raises:
         ValueError: it cannot be read, or holds nothing known.
     """
+    if weights is not None and weights not in get_args(Weights):
+        raise ValueError(f"unknown weights {weights!r}; choose one of {', '.join(get_args(Weights))}")
     state_dicts = read_original(path, allow_namespace)
     for own in FAMILIES.values():
         if own.published is None:
             continue
-        found = own.published.recognise(Published(next(iter(state_dicts.values())), path))
-        if found is None:
-            continue
         first = next(iter(state_dicts.values()))
-        state_dict = state_dicts.get(weights or _DEFAULT_WEIGHTS[found.component], first)
-        published = Published(state_dict, f"{path}, which seems to be a {own.name} {found.component},")
-        return Original(own.name, found.component, found.sizes, published)
+        component = own.published.component(Published(first, path))
+        if component is None:
+            continue
+        state_dict = state_dicts.get(weights or _DEFAULT_WEIGHTS[component], first)
+        published = Published(state_dict, f"{path} (by its names a {own.name} {component})")
+        return Original(path, own.name, component, own.published.sizes(published), published)
     names = ", ".join(list(next(iter(state_dicts.values())))[:4])
     raise ValueError(f"{path} is no published model of {', '.join(FAMILIES)}: its tensors are {names} ...")
 
@@ -84,16 +87,17 @@ def read_parts(
     Raises:
         ValueError: a file is not what it should be, the files do not belong together, or something is not told.
     """
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
     originals = _by_component([identify(path, weights, allow_namespace) for path in paths])
     found = _preset(originals, preset_name, sizes)
-    names = family(next(iter(originals.values())).family)
-    modules = {name: _module(names, original, found, originals, sizes) for name, original in originals.items()}
+    maker = family(next(iter(originals.values())).family)
+    modules = {name: _module(maker, original, found, originals, sizes) for name, original in originals.items()}
     for size in sizes:
         if not any(hasattr(module.config, size) for module in modules.values()):
-            raise ValueError(f"a {names.name} model has no {size}")
+            raise ValueError(f"a {maker.name} model has no {size}")
     student = modules.pop("student", None)
-    teacher = names.teacher(**modules)
-    config = found.config if found is not None else _unknown(names.name, teacher)
+    teacher = maker.teacher(**modules)
+    config = found.config if found is not None else _unknown(maker.name, teacher)
     return Parts(teacher, student, config)
 
 
@@ -113,16 +117,21 @@ def _by_component(originals: Sequence[Original]) -> dict[str, Original]:
 
 def _preset(originals: Mapping[str, Original], name: str | None, sizes: Mapping[str, Any]) -> Preset | None:
     """The published model that these files are, None when they are none."""
+    fitting = [own for own in PRESETS.values() if _difference(own, originals, sizes) is None]
     if name is not None:
         chosen = preset(name)
         if difference := _difference(chosen, originals, sizes):
             raise ValueError(f"these files are not {name}: {difference}; leave out --preset to see what they fit")
-        return chosen
-    fitting = [own for own in PRESETS.values() if _difference(own, originals, sizes) is None]
-    if len(fitting) > 1:
+    elif len(fitting) > 1:
         choices = " or ".join(own.name for own in fitting)
         raise ValueError(f"these files fit {choices}, whose names and shapes are the same; say which with --preset")
-    return fitting[0] if fitting else None
+    elif fitting:
+        chosen = fitting[0]
+    else:
+        _check_strangers(originals)
+        return None
+    _check_names(originals, chosen)
+    return chosen
 
 
 def _difference(own: Preset, originals: Mapping[str, Original], sizes: Mapping[str, Any]) -> str | None:
@@ -131,26 +140,55 @@ def _difference(own: Preset, originals: Mapping[str, Original], sizes: Mapping[s
         file = own.file(component)
         if file is None or file.family != original.family:
             return f"it has no {original.family} {component}"
-        for size, value in {**original.sizes, **sizes}.items():
-            if getattr(file.config, size, value) != value:
-                return f"{size} of the {component} is {value}, not {getattr(file.config, size)}"
+        if difference := file.difference({**original.sizes, **sizes}):
+            return f"{difference} of the {component}"
     return None
 
 
+def _check_strangers(originals: Mapping[str, Original]) -> None:
+    """Refuse files that are all published, but of several models."""
+    alike = {
+        component: [
+            file.name
+            for file in FILES
+            if (file.family, file.component) == (original.family, component) and not file.difference(original.sizes)
+        ]
+        for component, original in originals.items()
+    }
+    if all(alike.values()):
+        found = ", ".join(
+            f"the {component} is {' or '.join(dict.fromkeys(names))}" for component, names in alike.items()
+        )
+        raise ValueError(f"these are files of several published models: {found}; give those of one")
+
+
+def _check_names(originals: Mapping[str, Original], chosen: Preset) -> None:
+    """Refuse a file under the published name of its twin, which nothing in it could tell."""
+    published = {Path(file.name).name for file in FILES}
+    for component, original in originals.items():
+        file = chosen.file(component)
+        assert file is not None
+        if original.path.name in published - {Path(file.name).name}:
+            raise ValueError(
+                f"{original.path} has the name of another published file than {chosen.name}'s {component}, "
+                f"{file.name}; give that one, or rename it if it is"
+            )
+
+
 def _module(
-    names: Family,
+    maker: Family,
     original: Original,
     found: Preset | None,
     originals: Mapping[str, Original],
     sizes: Mapping[str, Any],
 ) -> nn.Module:
-    kind, config_kind = names.kinds(original.component)
+    kind, config_kind = maker.kinds(original.component)
     file = None if found is None else found.file(original.component)
     config = file.config if file is not None else _config(config_kind, original, originals, sizes)
     with torch.device("meta"):
         module = kind(config)
-    assert names.published is not None
-    load_published(module, original.published, names.published)
+    assert maker.published is not None
+    load_published(module, original.published, maker.published)
     return module.eval().requires_grad_(False)
 
 

@@ -34,6 +34,8 @@ def read_original(path: Path, allow_namespace: bool = False) -> dict[Weights, di
     Raises:
         ValueError: no such file, one that would make other objects than tensors, or one without a state dict.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the published files themselves")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     values = _load(path, allow_namespace)
@@ -65,7 +67,11 @@ def _load(path: Path, allow_namespace: bool) -> Any:
             f"{path} is refused: it would make a {wanted[1]}, and a file that makes more than tensors can run any "
             "code; ask its publisher for the tensors alone"
         ) from error
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # what torch raises on bytes that mean nothing depends on the bytes
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path} is a TorchScript archive, which is a program; give the state dict") from error
         raise ValueError(f"{path} is damaged, or was not written by torch.save; fetch it again") from error
 
 

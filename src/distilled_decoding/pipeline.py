@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -79,6 +79,7 @@ class Pipeline:
         preset: str | None = None,
         weights: Weights | None = None,
         allow_namespace: bool = False,
+        device: str = "cpu",
         **sizes: Any,
     ) -> "Pipeline":
         """Load files as their publishers wrote them: a tokenizer, a transformer and, if wanted, a student.
@@ -91,16 +92,20 @@ class Pipeline:
             weights: averaged (`ema`) or `raw`, of a file that holds both; None takes those that the publisher's own
                 scripts take.
             allow_namespace: also read training checkpoints that hold an `argparse.Namespace`.
+            device: where the models go.
             sizes: what neither the files nor a preset tell: `num_heads`, `num_tokens` or `patch_nums`.
 
         Raises:
             ValueError: a file is not what it should be, the files do not belong together, or something is not told.
         """
+        if isinstance(paths, str | Path):
+            raise ValueError(f"paths must be several files, a tokenizer's and a transformer's at least, got {paths!r}")
         parts = read_parts([Path(path) for path in paths], preset, weights, allow_namespace, **sizes)
-        match_teacher(parts.config, parts.teacher, Path(paths[0]))
-        if parts.student is not None:
-            match_student(parts.student, parts.teacher, paths[-1])
-        return cls(parts.teacher, parts.student, parts.config)
+        teacher, student = parts.teacher.to(device), parts.student
+        match_teacher(parts.config, teacher, "these files")
+        if student is not None:
+            match_student(student.to(device), teacher, "the student's file")
+        return cls(teacher, student, parts.config)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a folder that `from_pretrained` reads.
@@ -161,13 +166,22 @@ class Pipeline:
         return Pipeline(self.teacher, self.student, config)
 
     def with_student(self, student: nn.Module, start_blocks: tuple[int, ...], split_block: int) -> "Pipeline":
-        """The same teacher with another student."""
-        config = replace(self.config, start_blocks=start_blocks, split_block=split_block)
+        """The same teacher with another student, which is nobody's published one."""
+        config = replace(self.config, start_blocks=start_blocks, split_block=split_block, preset=None)
         return Pipeline(self.teacher, student, config)
 
     def new_student(self, seed: int) -> nn.Module:
         """An untrained student that begins where the teacher stands, on its device."""
         return family(self.config.family).new_student(self.teacher, seed)
+
+    def check_labels(self) -> None:
+        """Make sure that labels are what this model reads.
+
+        Raises:
+            ValueError: it reads captions.
+        """
+        if self.num_classes == 0:
+            raise ValueError("this model reads captions, and sampling, trajectories and distillation are of classes")
 
     @property
     def device(self) -> torch.device:
@@ -204,6 +218,10 @@ class Pipeline:
         Raises:
             ValueError: the plan cannot be carried out.
         """
+        if prefix not in get_args(Prefix):
+            raise ValueError(f"unknown prefix {prefix!r}; choose one of {', '.join(get_args(Prefix))}")
+        if prefix == "unmasked" and (teacher_span is None or not hasattr(self.teacher, "start_unmasked")):
+            raise ValueError("an unmasked prefix goes with a teacher span, of a teacher that masks its prefix: VAR's")
         if schedule is not None and steps is not None:
             raise ValueError(f"give steps or a schedule, not both: got {steps} and {tuple(schedule)}")
         if isinstance(steps, str):
@@ -219,8 +237,6 @@ class Pipeline:
             blocks = spread_schedule(1 if steps is None else steps, starts)
         else:
             blocks = self.teacher.order.check_schedule(schedule, starts)
-        if prefix == "unmasked" and (teacher_span is None or not hasattr(self.teacher, "start_unmasked")):
-            raise ValueError("an unmasked prefix goes with a teacher span, of a teacher that masks its prefix: VAR's")
         return check_plan(Plan(blocks, teacher_span, prefix=prefix), self.teacher.order, starts)
 
     def codes(self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None) -> Tensor:
@@ -283,6 +299,7 @@ class Pipeline:
         Raises:
             ValueError: no label, a label or plan that does not exist, or not as many seeds as labels.
         """
+        self.check_labels()
         plan = self.plan(steps, schedule, teacher_span, prefix)
         condition = Labels.checked(labels, self.num_classes)
         if not len(condition):

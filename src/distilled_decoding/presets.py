@@ -38,9 +38,12 @@ class PublishedFile:
     component: str
     config: Any
 
-    def fits(self, sizes: Mapping[str, Any]) -> bool:
-        """Whether these sizes, which may be a part of all, are this file's."""
-        return all(getattr(self.config, name) == value for name, value in sizes.items())
+    def difference(self, sizes: Mapping[str, Any]) -> str | None:
+        """The first of these sizes, which may be a part of all or of another component, that is not this file's."""
+        for name, value in sizes.items():
+            if getattr(self.config, name, value) != value:
+                return f"{name} is {value}, not {getattr(self.config, name)},"
+        return None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Preset:
         image_size: pixels along a side.
         config: of the pipeline: recommended sampling, schedule and training.
         published: which settings of `config` their authors state; the others are ours.
+        source: where they state them.
         results: what was published of it.
     """
 
@@ -84,6 +88,7 @@ class Preset:
     image_size: int
     config: PipelineConfig
     published: tuple[str, ...]
+    source: str
     results: tuple[Result, ...]
 
     def file(self, component: str) -> PublishedFile | None:
@@ -92,6 +97,8 @@ class Preset:
 
 
 DD1 = "Distilled Decoding, arXiv 2412.17153"
+DD1_SETTINGS = "arXiv 2412.17153 and the commands of github.com/microsoft/distilled_decoding"
+LLAMAGEN_SETTINGS = "GETTING_STARTED and the sampling scripts of github.com/FoundationVision/LlamaGen"
 VAR_README = "VAR's README: cfg 1.5, top-k 900, top-p 0.96, OpenAI's evaluator"
 LLAMAGEN_README = "LlamaGen's README: no top-k, OpenAI's evaluator, images of more than 256 px resized to 256"
 
@@ -149,7 +156,8 @@ def _var(name: str, depth: int, results: tuple[Result, ...], distilled: bool, si
         preset=name,
     )
     published = ("sampling", "start_blocks", "split_block") if distilled else ("sampling",)
-    return Preset(name, tuple(files), student, size, config, published, results)
+    source = DD1_SETTINGS if distilled else VAR_README
+    return Preset(name, tuple(files), student, size, config, published, source, results)
 
 
 def _training(learning_rate: float) -> DistillSettings:
@@ -200,7 +208,8 @@ def _llamagen(
     sampling = TeacherSampling(guidance, top_k=0 if split_block is None else 8000)
     published = ("sampling",) if split_block is None else ("sampling", "start_blocks", "split_block")
     config = _raster_config(name, sizes, sampling, split_block)
-    return Preset(name, tuple(files), student, image_size, config, published, results)
+    source = LLAMAGEN_SETTINGS if split_block is None else DD1_SETTINGS
+    return Preset(name, tuple(files), student, image_size, config, published, source, results)
 
 
 def _llamagen_text(stage: int, image_size: int) -> Preset:
@@ -208,7 +217,7 @@ def _llamagen_text(stage: int, image_size: int) -> Preset:
     sizes = _llamagen_sizes("XL", (image_size // 16) ** 2, num_classes=0, caption_tokens=120, caption_dim=2048)
     file = PublishedFile(f"t2i_XL_stage{stage}_{image_size}.pt", "llamagen", "transformer", LlamaGenConfig(**sizes))
     config = _raster_config(name, sizes, TeacherSampling(7.5, top_k=1000), None)
-    return Preset(name, (VQ_16_T2I, file), None, image_size, config, ("sampling",), ())
+    return Preset(name, (VQ_16_T2I, file), None, image_size, config, ("sampling",), LLAMAGEN_SETTINGS, ())
 
 
 def _raster_config(

@@ -63,19 +63,6 @@ class Published(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Recognised:
-    """What a published state dict is.
-
-    Attributes:
-        component: `tokenizer`, `transformer` or `student`.
-        sizes: fields of the component's config, or properties of it, as far as names and shapes tell them.
-    """
-
-    component: str
-    sizes: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Origin:
     """Where a parameter comes from: a tensor of the file, or one of `parts` equal pieces of it along its first axis."""
 
@@ -89,11 +76,13 @@ class PublishedNames:
     """How a family's publishers name its parameters.
 
     Attributes:
-        recognise: says what a state dict is, None when it is nothing of this family.
+        component: which component a state dict is, None when it is nothing of this family.
+        sizes: fields of its config, or properties of it, as far as names and shapes tell them.
         origin: where a parameter comes from, by our name for it and its component's config.
     """
 
-    recognise: Callable[[Published], Recognised | None]
+    component: Callable[[Published], str | None]
+    sizes: Callable[[Published], dict[str, Any]]
     origin: Callable[[str, Any], Origin]
 
 

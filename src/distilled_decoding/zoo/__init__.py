@@ -5,6 +5,7 @@ from pathlib import Path
 from distilled_decoding.hub import download
 from distilled_decoding.metrics.features import Classifier, load_classifier
 from distilled_decoding.metrics.frechet import Statistics
+from distilled_decoding.presets import PRESETS
 
 FOLDER = Path(__file__).parent
 
@@ -36,6 +37,8 @@ def resolve(model: str | Path) -> Path:
     folder = Path(model)
     ways = f"shipped models: {', '.join(shipped())}; or give a pipeline folder, or a hub id owner/name"
     if not folder.exists():
+        if name in PRESETS:
+            raise ValueError(f"{name} is a published model: convert its files first (docs/published-models.md)")
         if name.count("/") != 1 or name.startswith((".", "/")):
             raise ValueError(f"unknown model {name!r} ({ways})")
         try:

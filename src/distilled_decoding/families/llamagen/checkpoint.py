@@ -7,19 +7,26 @@ from distilled_decoding.families.llamagen.student import LlamaGenStudent, Studen
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
-from distilled_decoding.families.published import Origin, Published, PublishedNames, Recognised
+from distilled_decoding.families.published import Origin, Published, PublishedNames
 
 
-def recognise(published: Published) -> Recognised | None:
-    """What a state dict is, by names that only LlamaGen's have."""
+def component(published: Published) -> str | None:
+    """Which component a state dict is, by names that only LlamaGen's have."""
     if published.holds(r"(encoder|decoder)\.conv_blocks\."):
-        return Recognised("tokenizer", _tokenizer_sizes(published))
-    if published.holds(r"layers\.\d+\.attention\.") and published.holds(r"final_layer_conti\.|n_d_embed\."):
-        code_dim = published.size("tok_embeddings.weight", 1)
-        return Recognised("student", _transformer_sizes(published) | {"code_dim": code_dim})
-    if published.holds(r"layers\.\d+\.attention\."):
-        return Recognised("transformer", _transformer_sizes(published))
-    return None
+        return "tokenizer"
+    if not published.holds(r"layers\.\d+\.attention\."):
+        return None
+    return "student" if published.holds(r"final_layer_conti\.|n_d_embed\.") else "transformer"
+
+
+def sizes(published: Published) -> dict[str, Any]:
+    """What names and shapes tell of a component."""
+    kind = component(published)
+    if kind == "tokenizer":
+        return _tokenizer_sizes(published)
+    if kind == "student":
+        return _transformer_sizes(published) | {"code_dim": published.size("tok_embeddings.weight", 1)}
+    return _transformer_sizes(published)
 
 
 def _tokenizer_sizes(published: Published) -> dict[str, Any]:
@@ -42,15 +49,15 @@ def _tokenizer_sizes(published: Published) -> dict[str, Any]:
 
 def _transformer_sizes(published: Published) -> dict[str, Any]:
     """All but the number of heads and of tokens, of which no parameter's shape depends."""
-    sizes = {
+    known = {
         "dim": published.size("norm.weight", 0),
         "num_layers": published.count("layers"),
         "vocab_size": published.size("output.weight", 0),
     }
     if published.holds(r"cls_embedding\.(cap_proj|uncond_embedding)"):
         tokens, channels = (published.size("cls_embedding.uncond_embedding", dim) for dim in (0, 1))
-        return sizes | {"num_classes": 0, "caption_tokens": tokens, "caption_dim": channels}
-    return sizes | {"num_classes": published.size("cls_embedding.embedding_table.weight", 0) - 1}
+        return known | {"num_classes": 0, "caption_tokens": tokens, "caption_dim": channels}
+    return known | {"num_classes": published.size("cls_embedding.embedding_table.weight", 0) - 1}
 
 
 FAMILY = Family(
@@ -61,5 +68,5 @@ FAMILY = Family(
     },
     teacher=LlamaGenTeacher,
     student=(LlamaGenStudent, StudentConfig),
-    published=PublishedNames(recognise, lambda name, config: Origin(name)),
+    published=PublishedNames(component, sizes, lambda name, config: Origin(name)),
 )

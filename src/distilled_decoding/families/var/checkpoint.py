@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from distilled_decoding.families.family import Family
-from distilled_decoding.families.published import Origin, Published, PublishedNames, Recognised
+from distilled_decoding.families.published import Origin, Published, PublishedNames
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
 from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -38,15 +38,21 @@ def origin(name: str, config: Any) -> Origin:
     return Origin(f"{name[: apart.start()]}.qkv.{apart[2]}", part="qkv".index(apart[1]), parts=3)
 
 
-def recognise(published: Published) -> Recognised | None:
-    """What a state dict is, by names that only VAR's have."""
+def component(published: Published) -> str | None:
+    """Which component a state dict is, by names that only VAR's have."""
     if published.holds(r"encoder\.down\.|decoder\.up\.|quantize\.quant_resi\."):
-        return Recognised("tokenizer", _tokenizer_sizes(published))
+        return "tokenizer"
     if published.holds(r"layerwise_n_d_embed\."):
-        return Recognised("student", _transformer_sizes(published, class_levels=1))
-    if published.holds(r"blocks\.\d+\.attn\.mat_qkv\."):
-        return Recognised("transformer", _transformer_sizes(published, class_levels=0))
-    return None
+        return "student"
+    return "transformer" if published.holds(r"blocks\.\d+\.attn\.mat_qkv\.") else None
+
+
+def sizes(published: Published) -> dict[str, Any]:
+    """What names and shapes tell of a component."""
+    kind = component(published)
+    if kind == "tokenizer":
+        return _tokenizer_sizes(published)
+    return _transformer_sizes(published, class_levels=1 if kind == "student" else 0)
 
 
 def _tokenizer_sizes(published: Published) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def _tokenizer_sizes(published: Published) -> dict[str, Any]:
 def _transformer_sizes(published: Published, class_levels: int) -> dict[str, Any]:
     """`class_levels`: levels of one position in front of the scales, which a student has."""
     dim = published.size("word_embed.weight", 0)
-    sizes: dict[str, Any] = {
+    known: dict[str, Any] = {
         "dim": dim,
         "num_layers": published.count("blocks"),
         "vocab_size": published.size("head.weight", 0),
@@ -76,12 +82,12 @@ def _transformer_sizes(published: Published, class_levels: int) -> dict[str, Any
         "shared_aln": published.holds(r"shared_ada_lin\."),
         "num_tokens": published.size("pos_1LC", 1) - class_levels,
     }
-    if sizes["attn_l2_norm"]:
-        sizes["num_heads"] = published.size("blocks.0.attn.scale_mul_1H11", 1)
+    if known["attn_l2_norm"]:
+        known["num_heads"] = published.size("blocks.0.attn.scale_mul_1H11", 1)
     if "lvl_1L" in published and not published["lvl_1L"].is_meta:
         tokens_of_level = published["lvl_1L"].flatten().long().bincount().tolist()[class_levels:]
-        sizes["patch_nums"] = tuple(math.isqrt(tokens) for tokens in tokens_of_level)
-    return sizes
+        known["patch_nums"] = tuple(math.isqrt(tokens) for tokens in tokens_of_level)
+    return known
 
 
 FAMILY = Family(
@@ -92,5 +98,5 @@ FAMILY = Family(
     },
     teacher=VARTeacher,
     student=(VARStudent, StudentConfig),
-    published=PublishedNames(recognise, origin),
+    published=PublishedNames(component, sizes, origin),
 )
