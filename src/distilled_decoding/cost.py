@@ -35,7 +35,8 @@ from distilled_decoding.store import Shard
 from distilled_decoding.teacher import log_probabilities
 from distilled_decoding.trajectories import TrajectorySettings
 
-# The share of the speed of large matrix products that a whole job reaches: estimates, good within a factor of two.
+# The share of the speed of large matrix products that a whole job reaches. On two CPU cores the four jobs behind the
+# shipped models took 0.8 to 1.2 times what these give (EXPERIMENTS.md); elsewhere they are good within a factor of two.
 _TRAJECTORY_EFFICIENCY = 0.3
 _DISTILLATION_EFFICIENCY = 0.4
 # The flow map goes through its rows in chunks, which take less than this on a GPU and far less on a CPU.
