@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from distilled_decoding import cli
+from distilled_decoding import cli, commands
 from distilled_decoding.card import model_card
 from distilled_decoding.commands import distill_student
 from distilled_decoding.distill import DistillSettings
@@ -49,6 +49,13 @@ def test_without_a_student_it_speaks_of_none() -> None:
 def test_a_thousand_classes_are_not_listed() -> None:
     config = replace(PIPE.config, class_names=tuple(f"class{i}" for i in range(1000)))
     assert "| classes | 1000: class0 to class999 |" in model_card(Pipeline(PIPE.teacher, None, config), "x")
+
+
+def test_of_text_it_does_not_speak_of_classes() -> None:
+    card = model_card(commands.skeleton("llamagen-t2i-stage1"), "x")
+    assert ModelCard(card).data.pipeline_tag == "text-to-image"
+    assert "A text-conditional autoregressive" in card and "| classes | 0, it reads captions |" in card
+    assert "labels" not in card and "distilled-decoding sample" not in card and "students are of classes" in card
 
 
 @pytest.mark.parametrize("student", [True, False])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distilled_decoding import commands
 from distilled_decoding.checkpoint import save_component
 from distilled_decoding.condition import Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent
@@ -171,6 +172,37 @@ def written(folder: Path, **fields: object) -> Path:
 def test_an_index_that_names_other_classes_is_refused(fields: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Pipeline.from_pretrained(written(tmp_path, **fields))
+
+
+def test_a_model_of_captions_says_so() -> None:
+    text = commands.skeleton("llamagen-t2i-stage1")
+    with pytest.raises(ValueError, match="this model reads captions"):
+        text([0])
+    run = commands.SampleRun("text", (), 2, None, None, None, "causal", 0)
+    with pytest.raises(ValueError, match="this model reads captions"):
+        commands.sample_images(run, text, None, Path("x.png"), None)
+    for plan in (commands.plan_trajectories, commands.plan_distillation):
+        words = (None, "cpu") if plan is commands.plan_trajectories else (lambda own: own, None, "none", "cpu")
+        with pytest.raises(ValueError, match="this model reads captions"):
+            plan("llamagen-t2i-stage1", None, *words)
+
+
+def test_the_name_of_a_published_model_asks_for_its_files() -> None:
+    with pytest.raises(ValueError, match="var-d16 is a published model: convert its files first"):
+        Pipeline.from_pretrained("var-d16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix": "unmaskd"}, "unknown prefix 'unmaskd'; choose one of causal, unmasked"),
+        ({"steps": "teacher", "prefix": "unmasked"}, "an unmasked prefix goes with a teacher span"),
+        ({"schedule": (0, 8), "teacher_span": (4, 8), "prefix": "unmasked"}, "of a teacher that masks its prefix"),
+    ],
+)
+def test_a_prefix_is_read_as_the_teacher_can(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PIPE.plan(**options)
 
 
 def test_a_component_in_the_place_of_another_is_named(tmp_path: Path) -> None:

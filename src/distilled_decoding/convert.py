@@ -65,7 +65,8 @@ def identify(path: Path, weights: Weights | None = None, allow_namespace: bool =
         published = Published(state_dict, f"{path} (by its names a {own.name} {component})")
         return Original(path, own.name, component, own.published.sizes(published), published)
     names = ", ".join(list(next(iter(state_dicts.values())))[:4])
-    raise ValueError(f"{path} is no published model of {', '.join(FAMILIES)}: its tensors are {names} ...")
+    known = ", ".join(own.name for own in FAMILIES.values() if own.published is not None)
+    raise ValueError(f"{path} is no published model of {known}: its tensors are {names} ...")
 
 
 def read_parts(
