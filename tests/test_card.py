@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from distilled_decoding import cli, commands
+from distilled_decoding import cli, describe
 from distilled_decoding.card import model_card
 from distilled_decoding.commands import distill_student
 from distilled_decoding.distill import DistillSettings
@@ -52,7 +52,7 @@ def test_a_thousand_classes_are_not_listed() -> None:
 
 
 def test_of_text_it_does_not_speak_of_classes() -> None:
-    card = model_card(commands.skeleton("llamagen-t2i-stage1"), "x")
+    card = model_card(describe.skeleton("llamagen-t2i-stage1"), "x")
     assert ModelCard(card).data.pipeline_tag == "text-to-image"
     assert "A text-conditional autoregressive" in card and "| classes | 0, it reads captions |" in card
     assert "labels" not in card and "distilled-decoding sample" not in card and "students are of classes" in card

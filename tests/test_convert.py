@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilled_decoding import Pipeline, cli, commands
+from distilled_decoding import Pipeline, cli, describe
 from distilled_decoding.condition import Labels
 from distilled_decoding.convert import identify, read_parts
 from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
@@ -150,7 +150,7 @@ def test_keys_of_the_tokenizer_are_named_as_in_its_file(tmp_path: Path) -> None:
         (LLAMAGEN, {"num_heads": 2, "num_tokens": 15}, "square number"),
         (LLAMAGEN, SIZES | {"patch_nums": (1, 2)}, "a llamagen model has no patch_nums"),
         (VAR, {"num_heads": 2}, "has num_heads 1, not 2"),
-        (VAR, {"preset": "var-d16"}, "are not var-d16: ch is 32, not 160, of the tokenizer"),
+        (VAR, {"preset": "var-d16"}, "are not var-d16: of the tokenizer ch is 32, not 160"),
         (LLAMAGEN, {"preset": "var-d16"}, "are not var-d16: it has no llamagen tokenizer"),
         (VAR, {"preset": "var"}, "unknown preset 'var'"),
         (VAR, {"weights": "averaged"}, "unknown weights 'averaged'; choose one of ema, raw"),
@@ -209,11 +209,11 @@ def test_files_of_several_published_models_are_told_by_name(tmp_path: Path) -> N
 
 def test_a_student_of_ones_own_is_not_the_published_one(tmp_path: Path) -> None:
     published = full_size_pipeline(tmp_path)
-    assert commands.info(published)["published"]["settings_published"] == ["sampling", "start_blocks", "split_block"]
+    assert describe.info(published)["published"]["settings_published"] == ["sampling", "start_blocks", "split_block"]
     changed = published.with_settings(split_block=2)
-    assert commands.info(changed)["published"]["settings_published"] == ["sampling", "start_blocks"]
+    assert describe.info(changed)["published"]["settings_published"] == ["sampling", "start_blocks"]
     own = published.with_student(published.student, (0, 5), 5)
-    assert own.config.preset is None and "published" not in commands.info(own)
+    assert own.config.preset is None and "published" not in describe.info(own)
 
 
 def full_size_pipeline(folder: Path) -> Pipeline:

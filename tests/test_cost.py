@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distilled_decoding import commands
+from distilled_decoding import describe
 from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.distill import DistillSettings, distill
 from distilled_decoding.flow import FlowSettings
@@ -139,7 +139,7 @@ def test_planning_leaves_the_models_alone() -> None:
 )
 def test_published_models_are_planned_without_their_weights(name: str, teacher_size: int, student_size: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    skeleton = commands.skeleton(name)
+    skeleton = describe.skeleton(name)
     teacher, student = skeleton.teacher, skeleton.student
     settings = TrajectorySettings(TeacherSampling(guidance_scale=2.0), FlowSettings(), micro_batch=64)
     made = trajectory_cost(teacher, settings, 64, 1e14)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distilled_decoding import Pipeline, cli, commands
+from distilled_decoding import Pipeline, cli, commands, describe
 from distilled_decoding.convert import read_parts
 from distilled_decoding.presets import DD1, LLAMAGEN_README, PRESETS, VAR_README, VQ_8_C2I
 from tests.test_convert import full_size
@@ -45,7 +45,7 @@ def test_every_published_result_is_on_the_page_and_can_be_sampled(name: str, mon
     rows = [
         line.split(" | ") for line in PAGE.splitlines() if line.startswith(f"| `{name}` | ") and "convert" not in line
     ]
-    monkeypatch.setattr(cli, "_load", lambda model, device: commands.skeleton(model))
+    monkeypatch.setattr(cli, "_load", lambda model, device: describe.skeleton(model))
     monkeypatch.setattr(commands, "sample_images", planned)
     for row, result in zip(rows, PRESETS[name].results, strict=True):
         _, protocol, words, fid, *rest = (cell.strip(" |`") for cell in row)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distilled_decoding import commands, zoo
+from distilled_decoding import commands, describe, zoo
 from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import nearest
 from distilled_decoding.condition import Labels
@@ -35,7 +35,7 @@ def test_nothing_is_damaged_or_large(name: str) -> None:
 
 def test_its_card_counts_its_parameters(name: str, pipe: Pipeline) -> None:
     card = Path(zoo.shipped()[name] / "README.md").read_text()
-    for part, count in commands.info(pipe)["parameters"].items():
+    for part, count in describe.info(pipe)["parameters"].items():
         assert f"| {count:,} |" in card, part
 
 

@@ -3,7 +3,6 @@
 import json as json_format
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +12,11 @@ from rich.text import Text
 from safetensors import SafetensorError
 from tyro.conf import Positional
 
-from distilled_decoding import commands
+from distilled_decoding import commands, describe
 from distilled_decoding.demo import demo_table, run_demo
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.evaluate import EvaluationSettings, markdown_table
 from distilled_decoding.flags import flags_for, override
-from distilled_decoding.index import PipelineConfig
 from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import Pipeline, Steps
 from distilled_decoding.progress import Stopped
@@ -38,7 +36,7 @@ def info(model: Model, json: bool = False) -> None:
         model: shipped name, folder or hub id, or the name of a published model (var-d16, llamagen-b ...).
         json: print one JSON object.
     """
-    _print(commands.info(commands.skeleton(model)), json)
+    _print(describe.info(describe.skeleton(model)), json)
 
 
 def sample(
@@ -107,11 +105,14 @@ def trajectories(
         plan: only say what it would need; MODEL may then also be the name of a published model.
         json: print one JSON object.
     """
+    device = commands.check_device(device)
     if plan:
-        _print(commands.plan_trajectories(model, num, micro_batch, commands.check_device(device)), json)
+        pipeline = describe.skeleton(model)
+        settings = commands.trajectory_settings(pipeline, seed, micro_batch, shard_size)
+        _print(commands.plan_trajectories(pipeline, num, settings, device), json)
         return
     out = _needed(out, "--out")
-    pipeline = _load(model, device)
+    pipeline = Pipeline.from_pretrained(model, device)
     settings = commands.trajectory_settings(pipeline, seed, micro_batch, shard_size)
     _print(commands.make_trajectories(model, pipeline, out, num, settings), json)
 
@@ -142,16 +143,16 @@ def distill(
     """
     if plan:
         num = None if trajectories is None else TrajectoryStore.open(trajectories).num_trajectories
-        merged = partial(override, flags=settings)
-        device = commands.check_device(device)
-        _print(commands.plan_distillation(model, num, merged, split_block, perceptual, device), json)
+        pipeline, device = describe.skeleton(model), commands.check_device(device)
+        training = override(pipeline.config.training, settings)
+        _print(commands.plan_distillation(pipeline, num, training, split_block, perceptual, device), json)
         return
     store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
     out = _needed(out, "--out")
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
     trained = commands.distill_student(model, pipeline, store, out, training, split_block, perceptual)
-    _print({"pipeline": str(out), **commands.info(trained)}, json)
+    _print({"pipeline": str(out), **describe.info(trained)}, json)
 
 
 def convert(
@@ -186,12 +187,10 @@ def convert(
         json: print one JSON object.
     """
     sizes = {"num_heads": num_heads, "num_tokens": num_tokens, "patch_nums": patch_nums}
-    given = {"start_blocks": start_blocks, "split_block": split_block}
-
-    def change(config: PipelineConfig) -> dict[str, Any]:
-        return {"sampling": override(config.sampling, sampling), **_given(given)}
-
-    _print(commands.convert(paths, out, preset, weights, allow_namespace, _given(sizes), change), json)
+    pipeline = Pipeline.from_original(paths, preset, weights, allow_namespace, **_given(sizes))
+    changes = _given({"start_blocks": start_blocks, "split_block": split_block})
+    pipeline = pipeline.with_settings(sampling=override(pipeline.config.sampling, sampling), **changes)
+    _print(commands.save_converted(pipeline, out), json)
 
 
 def verify(path: Positional[Path], json: bool = False) -> None:

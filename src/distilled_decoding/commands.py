@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,17 @@ from distilled_decoding import trajectories, zoo
 from distilled_decoding.checkpoint import save_json, save_text
 from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.cost import distillation_cost, flops_per_second, trajectory_cost
+from distilled_decoding.describe import info
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, markdown_table, summary
 from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
-from distilled_decoding.families import family
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
-from distilled_decoding.index import INDEX, PipelineConfig
+from distilled_decoding.index import INDEX
 from distilled_decoding.losses import ImageDistance
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.noise import image_keys
-from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import Pipeline, Steps, problems
-from distilled_decoding.presets import PRESETS, preset
 from distilled_decoding.progress import progress_bar, stop_signal
 from distilled_decoding.records import claim, environment, identity, record
 from distilled_decoding.sampling import Plan
@@ -196,10 +194,7 @@ def distill_student(
     """
     if store.manifest["teacher"] != pipeline.fingerprint:
         raise ValueError(f"{store.folder} holds trajectories of another teacher than {model}; make its own")
-    settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
-    split_block = pipeline.config.split_block if split_block is None else split_block
-    settings.check(pipeline.teacher.order, split_block)
-    _check_perceptual(perceptual, settings.loss.perceptual_weight)
+    settings, split_block = _resolved(pipeline, settings, split_block, perceptual)
     distance = image_distance(perceptual, str(pipeline.device))
     shard = store.load()
     determined = {
@@ -232,9 +227,19 @@ def distill_student(
     return trained
 
 
-def _check_perceptual(name: str, weight: float) -> None:
-    if (name == "none") != (weight == 0):
-        raise ValueError(f"--perceptual {name} does not fit a perceptual weight of {weight}; give both or neither")
+def _resolved(
+    pipeline: Pipeline, settings: DistillSettings, split_block: int | None, perceptual: str
+) -> tuple[DistillSettings, int]:
+    """The settings and the split of a training, where not given those of the model, checked against its blocks."""
+    settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
+    split_block = pipeline.config.split_block if split_block is None else split_block
+    settings.check(pipeline.teacher.order, split_block)
+    weight = settings.loss.perceptual_weight
+    if (perceptual == "none") != (weight == 0):
+        raise ValueError(
+            f"--perceptual {perceptual} does not fit a perceptual weight of {weight}; give both or neither"
+        )
+    return settings, split_block
 
 
 def _logged(update: Update) -> dict[str, float]:
@@ -256,54 +261,16 @@ def _with_student(
     return Pipeline(pipeline.teacher, None, config).with_student(student, settings.start_blocks, split_block)
 
 
-def convert(
-    paths: Sequence[Path],
-    out: Path,
-    preset: str | None,
-    weights: Weights | None,
-    allow_namespace: bool,
-    sizes: Mapping[str, Any],
-    change: Callable[[PipelineConfig], dict[str, Any]],
-) -> dict[str, Any]:
-    """Write published files as a pipeline folder.
-
-    Args:
-        paths: the files, in any order.
-        out: the folder, which must not hold a pipeline yet.
-        preset: see `Pipeline.from_original`, as for the next three.
-        weights: averaged or raw.
-        allow_namespace: also read training checkpoints.
-        sizes: what neither the files nor a preset tell.
-        change: the settings that replace some of the preset's, which it is given.
-
-    Returns:
-        What `info` says of the new pipeline.
+def save_converted(pipeline: Pipeline, out: Path) -> dict[str, Any]:
+    """Write a pipeline of published files as a folder and return what `info` says of it.
 
     Raises:
-        ValueError: the files or the settings are not what they should be, or the folder is in use.
+        ValueError: the folder holds a model already.
     """
     if (out / INDEX).exists():
         raise ValueError(f"{out} holds a model already; choose another --out")
-    pipeline = Pipeline.from_original(paths, preset, weights, allow_namespace, **sizes)
-    pipeline = pipeline.with_settings(**change(pipeline.config))
     pipeline.save_pretrained(out)
     return {"pipeline": str(out), **info(pipeline)}
-
-
-def skeleton(model: str) -> Pipeline:
-    """A model to look at or to plan with: one that can be loaded, or a preset's, which has shapes but no weights.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    if model not in PRESETS or Path(model).exists():
-        return Pipeline.from_pretrained(model)
-    own, maker = PRESETS[model], family(PRESETS[model].config.family)
-    with torch.device("meta"):
-        parts = {file.component: maker.kinds(file.component)[0](file.config) for file in own.files}
-        student = None if own.student is None else maker.kinds("student")[0](own.student)
-    parts.pop("student", None)
-    return Pipeline(maker.teacher(**parts), student, own.config)
 
 
 def trajectory_settings(
@@ -323,98 +290,55 @@ def _count(pipeline: Pipeline, num: int | None) -> int:
     return num
 
 
-def plan_trajectories(model: str, num: int | None, micro_batch: int | None, device: str) -> dict[str, Any]:
-    """What `trajectories` would need: time, memory, disk; nothing is written.
+def plan_trajectories(
+    pipeline: Pipeline, num: int | None, settings: trajectories.TrajectorySettings, device: str
+) -> dict[str, Any]:
+    """What `make_trajectories` would need: time, memory, disk; nothing is written.
+
+    Args:
+        pipeline: the model, with or without weights.
+        num: as `make_trajectories` takes it.
+        settings: likewise.
+        device: where it will run.
 
     Raises:
-        ValueError: there is no such model, or the counts do not fit each other.
+        ValueError: a count that is not positive, or a model that reads captions.
     """
-    pipeline = skeleton(model)
     num = _count(pipeline, num)
-    settings = trajectory_settings(pipeline, 0, micro_batch, None)
     pipeline.check_labels()
     cost = trajectory_cost(pipeline.teacher, settings, num, flops_per_second(torch.device(device), bf16=False))
     return {"trajectories": num, "micro_batch": settings.micro_batch, "device": device, **cost.readable()}
 
 
 def plan_distillation(
-    model: str,
+    pipeline: Pipeline,
     num: int | None,
-    settings: Callable[[DistillSettings], DistillSettings],
+    settings: DistillSettings,
     split_block: int | None,
     perceptual: str,
     device: str,
 ) -> dict[str, Any]:
-    """What `distill` would need: time, memory, disk; nothing is written.
+    """What `distill_student` would need: time, memory, disk; nothing is written.
 
     Args:
-        model: a model, or a preset's name.
+        pipeline: the model, with or without weights.
         num: trajectories; None means as many as the model's settings say.
-        settings: of the training, out of the model's own.
-        split_block: as `distill_student` takes it, like the next.
+        settings: as `distill_student` takes them, like the next two.
+        split_block: of the new pipeline.
         perceptual: name of the distance of decoded images.
         device: where it will run.
 
     Raises:
-        ValueError: there is no such model, or the settings do not fit it.
+        ValueError: settings that do not fit the model, or a model that reads captions.
     """
-    pipeline = skeleton(model)
     pipeline.check_labels()
     num = _count(pipeline, num)
-    training = settings(pipeline.config.training)
-    training = replace(training, start_blocks=training.start_blocks or pipeline.config.start_blocks)
-    training.check(pipeline.teacher.order, pipeline.config.split_block if split_block is None else split_block)
-    _check_perceptual(perceptual, training.loss.perceptual_weight)
+    settings, _ = _resolved(pipeline, settings, split_block, perceptual)
     student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
-    speed = flops_per_second(torch.device(device), training.bf16)
-    cost = distillation_cost(pipeline.teacher, student, training, num, speed, torch.device(device))
-    what = {"updates": training.num_updates, "batch_size": training.batch_size, "trajectories": num}
+    speed = flops_per_second(torch.device(device), settings.bf16)
+    cost = distillation_cost(pipeline.teacher, student, settings, num, speed, torch.device(device))
+    what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}
     return {**what, "device": device, **cost.readable()}
-
-
-def info(pipeline: Pipeline) -> dict[str, Any]:
-    """What a model is: family, classes, blocks, sizes, sampling, and what was published of it."""
-    order = pipeline.teacher.order
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.teacher.named_children()}
-    if pipeline.student is not None:
-        parameters["student"] = sum(p.numel() for p in pipeline.student.parameters())
-    own = {} if pipeline.config.preset is None else {"published": published(pipeline.config)}
-    return {
-        "family": pipeline.config.family,
-        "classes": list(pipeline.config.class_names),
-        "blocks": order.num_blocks,
-        "tokens": order.length,
-        "codebook": list(pipeline.teacher.codebook.shape),
-        "parameters": parameters,
-        "sampling": asdict(pipeline.config.sampling),
-        "flow": asdict(pipeline.config.flow),
-        "start_blocks": list(pipeline.config.start_blocks),
-        "split_block": pipeline.config.split_block,
-        "student": pipeline.student is not None,
-        "num_trajectories": pipeline.config.num_trajectories,
-        "training": asdict(pipeline.config.training),
-        "teacher_hash": None if pipeline.teacher.codebook.is_meta else pipeline.fingerprint,
-        **own,
-    }
-
-
-def published(config: PipelineConfig) -> dict[str, Any]:
-    """What a preset knows of a published model: its files, which settings are its authors', and their results."""
-    assert config.preset is not None
-    own = preset(config.preset)
-    theirs = [name for name in own.published if getattr(config, name) == getattr(own.config, name)]
-    return {
-        "preset": own.name,
-        "image_size": own.image_size,
-        "files": {file.component: file.name for file in own.files},
-        "settings_published": theirs,
-        "settings_ours": [name for name in _RECOMMENDED if name not in theirs],
-        "settings_source": own.source,
-        "results": [asdict(result) for result in own.results],
-    }
-
-
-_RECOMMENDED = ("sampling", "start_blocks", "split_block", "flow", "micro_batch", "num_trajectories", "training")
 
 
 def image_distance(name: str, device: str) -> ImageDistance | None:

@@ -142,7 +142,7 @@ def _difference(own: Preset, originals: Mapping[str, Original], sizes: Mapping[s
         if file is None or file.family != original.family:
             return f"it has no {original.family} {component}"
         if difference := file.difference({**original.sizes, **sizes}):
-            return f"{difference} of the {component}"
+            return f"of the {component} {difference}"
     return None
 
 

@@ -27,8 +27,8 @@ def flags_for(kind: type[Any], own_defaults: Sequence[str] = ()) -> Any:
             nested = flags_for(hint)  # type: ignore[arg-type]
             made.append((field.name, nested, dataclasses.field(default_factory=typing.get_args(nested)[0])))
         else:
-            hidden = arg(help_behavior_hint="(default: the model's)")
-            made.append((field.name, Annotated[hint | None, hidden], dataclasses.field(default=None)))
+            by_default = arg(help_behavior_hint="(default: the model's)")
+            made.append((field.name, Annotated[hint | None, by_default], dataclasses.field(default=None)))
     flags = dataclasses.make_dataclass(f"{kind.__name__}Flags", made, frozen=True)
     flags.__doc__ = kind.__doc__
     return Annotated[flags, OmitArgPrefixes]

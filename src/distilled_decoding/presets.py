@@ -42,7 +42,7 @@ class PublishedFile:
         """The first of these sizes, which may be a part of all or of another component, that is not this file's."""
         for name, value in sizes.items():
             if getattr(self.config, name, value) != value:
-                return f"{name} is {value}, not {getattr(self.config, name)},"
+                return f"{name} is {value}, not {getattr(self.config, name)}"
         return None
 
 

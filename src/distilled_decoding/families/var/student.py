@@ -60,7 +60,9 @@ class VARStudent(Backbone):
         weights = {name: value.cpu() for name, value in teacher.transformer.state_dict().items()}
         weights["pos_1LC"] = _with_new_row(weights["pos_1LC"], 1, generator)
         weights["lvl_embed.weight"] = _with_new_row(weights["lvl_embed.weight"], 0, generator)
-        student.load_state_dict(weights, strict=False)
+        # What is new in the student keeps its fresh start; nothing of the teacher is left over.
+        left_over = student.load_state_dict(weights, strict=False).unexpected_keys
+        assert not left_over
         with torch.no_grad():
             for layer in (student.n_d_embed, *student.layerwise_n_d_embed):
                 layer.weight.normal_(std=0.02, generator=generator)
