@@ -3,16 +3,25 @@
 Axis letters: B batch, L positions, C code channels, D width, H heads, E head channels.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 
 class KVCache:
-    """Keys and values of the positions already run, for every layer, allocated once for a whole sequence."""
+    """Keys and values of the positions already run, for every layer, allocated once for a whole sequence.
+
+    Attributes:
+        keys: [layers, B, H, P, E].
+        values: likewise.
+        length: positions run.
+    """
 
     def __init__(self, num_layers: int, num_heads: int, num_positions: int, x_BLD: Tensor) -> None:
         shape = (num_layers, len(x_BLD), num_heads, num_positions, x_BLD.shape[2] // num_heads)
-        self.keys, self.values = x_BLD.new_empty(shape), x_BLD.new_empty(shape)
+        # Zeros: what is masked must still be finite.
+        self.keys, self.values = x_BLD.new_zeros(shape), x_BLD.new_zeros(shape)
         self.length = 0
 
     def append(self, layer: int, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,6 +30,28 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = key_BHLE
         self.values[layer, :, :, self.length : end] = value_BHLE
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """One position of a cache, named by a tensor: the same compiled step then serves every position.
+
+    Attributes:
+        cache: where to store.
+        position_1: the position, int64 [1].
+        span: how many leading positions are returned; those behind `position_1` are to be masked.
+    """
+
+    cache: KVCache
+    position_1: Tensor
+    span: int
+
+    def append(self, layer: int, key_BH1E: Tensor, value_BH1E: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the position of one layer and return the first `span` of that layer."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(2, self.position_1, key_BH1E.to(keys.dtype))
+        values.index_copy_(2, self.position_1, value_BH1E.to(values.dtype))
+        return keys[:, :, : self.span], values[:, :, : self.span]
 
 
 class CodeHead(nn.Module):

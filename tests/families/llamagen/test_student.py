@@ -130,7 +130,7 @@ def test_from_teacher_is_deterministic_and_shares_nothing(teacher):
 def test_from_teacher_has_the_teachers_logits_path_and_a_silent_code_head(teacher):
     student = LlamaGenStudent.from_teacher(teacher).eval()
     x_BLD = torch.randn(3, 17, 32)
-    rope = torch.polar(torch.ones(17, 8), torch.randn(17, 8))
+    rope = torch.view_as_real(torch.polar(torch.ones(17, 8), torch.randn(17, 8)))
     for model in (student, teacher.transformer):
         assert torch.equal(model.cls_embedding(CONDITION), teacher.transformer.cls_embedding(CONDITION))
     hidden_BLD = student.run_layers(x_BLD, rope)

@@ -70,10 +70,11 @@ def greedy(teacher: LlamaGenTeacher, condition: Condition, guidance: Guidance) -
     state = teacher.start(condition, guidance)
     tokens: list[Tensor] = []
     logits: list[Tensor] = []
-    for _ in range(teacher.order.num_blocks):
+    for block in range(teacher.order.num_blocks):
         logits.append(teacher.next_logits(state))
         tokens.append(logits[-1].argmax(-1))
-        state = teacher.feed(state, tokens[-1])
+        if block + 1 < teacher.order.num_blocks:
+            state = teacher.feed(state, tokens[-1])
     return torch.cat(tokens, dim=1), torch.cat(logits, dim=1)
 
 

@@ -70,19 +70,17 @@ def step_by_step(teacher: VARTeacher, token_BL: Tensor, condition: Condition, gu
 
 def greedy(
     teacher: VARTeacher, condition: Condition, guidance: Guidance
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Tokens, guided logits and unconditional logits of every scale."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tokens and guided logits of every scale."""
     state = teacher.start(condition, guidance)
     tokens: list[Tensor] = []
     guided: list[Tensor] = []
-    unconditional: list[Tensor] = []
     for block in range(teacher.order.num_blocks):
         guided.append(teacher.next_logits(state))
-        unconditional.append(state.logits.chunk(2)[1])
         tokens.append(guided[-1].argmax(-1))
         if block + 1 < teacher.order.num_blocks:
             state = teacher.feed(state, tokens[-1])
-    return tokens, guided, unconditional
+    return tokens, guided
 
 
 @torch.no_grad()
@@ -90,10 +88,11 @@ def greedy(
 def test_golden_greedy_generation(name: str) -> None:
     case = load_case(name)
     teacher, condition, guidance = reference.teacher(case), reference.labels(case, 10), reference.guidance(case)
-    tokens, guided, unconditional = greedy(teacher, condition, guidance)
+    tokens, guided = greedy(teacher, condition, guidance)
     token_BL = torch.cat(tokens, dim=1)
     code_BLC = lookup(token_BL, teacher.codebook)
     forced_BLV = teacher.forced_logits(token_BL, condition, guidance)
+    unconditional_BLV = teacher.forced_logits(token_BL, condition.null(), Guidance())
     _, *sums = teacher.tokenizer.partial_sums(code_BLC)
     for scale in range(teacher.order.num_blocks):
         case.check(f"idx_s{scale}", tokens[scale])
@@ -101,7 +100,7 @@ def test_golden_greedy_generation(name: str) -> None:
         case.check(f"logits_cfg_s{scale}", forced_BLV[:, teacher.order.span(scale)])
         case.check(f"fhat_s{scale}", sums[scale])
         if case.config["keep_uncond"]:
-            case.check(f"logits_uncond_s{scale}", unconditional[scale])
+            case.check(f"logits_uncond_s{scale}", unconditional_BLV[:, teacher.order.span(scale)])
     case.check("image", reference.shown(teacher.decode(code_BLC)))
 
 
@@ -109,7 +108,7 @@ def test_golden_greedy_generation(name: str) -> None:
 def test_golden_greedy_generation_at_the_published_structure() -> None:
     case = load_case("struct_var_ar")
     teacher, condition = reference.teacher(case), reference.labels(case, 1000)
-    tokens, guided, _ = greedy(teacher, condition, reference.guidance(case))
+    tokens, guided = greedy(teacher, condition, reference.guidance(case))
     token_BL, logits_BLV = torch.cat(tokens, dim=1), torch.cat(guided, dim=1)
     case.check("ids", token_BL)
     case.check("logits_cfg_sub", logits_BLV[:, ::7, ::61])

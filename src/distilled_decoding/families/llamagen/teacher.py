@@ -3,7 +3,8 @@
 Axis letters: B batch, L positions or tokens, K tokens of a block, V codebook entries, C code channels, D width.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
-from distilled_decoding.families.layers import KVCache
+from distilled_decoding.families.layers import CacheSlot, KVCache
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
 from distilled_decoding.families.llamagen.transformer import Transformer, attention_mask, rope_table
 from distilled_decoding.teacher import Guidance
+
+# A step reads the cache up to a multiple of this many positions: few shapes to compile, little read in vain.
+_SPAN = 64
 
 
 @dataclass
@@ -22,18 +26,22 @@ class DecodingState:
     """A generation between two tokens; feeding it changes it.
 
     Attributes:
-        guidance: applied to the logits; if active, the batch below is 2B, conditional then unconditional.
+        guidance: applied to the logits; if active, the batch of the cache is 2B, conditional then unconditional.
+        scale_L: the guidance scale on every token.
         rope: rotations of all positions.
         attended_BP: see `Transformer.attended`; P counts all positions.
         cache: keys and values of all positions up to the last token.
-        logits: [B, 1, V] of the next token, before guidance.
+        position_1: the position behind them, `cache.length` on the device.
+        logits_B1V: guided, of the next token.
     """
 
     guidance: Guidance
+    scale_L: Tensor
     rope: Tensor
     attended_BP: Tensor | None
     cache: KVCache
-    logits: Tensor = field(init=False)
+    position_1: Tensor
+    logits_B1V: Tensor
 
 
 class LlamaGenTeacher(nn.Module):
@@ -76,24 +84,46 @@ class LlamaGenTeacher(nn.Module):
         if guidance.is_active:
             condition, prefix_BL = condition.with_null(), prefix_BL.repeat(2, 1)
         x_BLD = self.transformer.embed(prefix_BL, condition)
-        config = self.transformer.config
+        length, config = x_BLD.shape[1], self.transformer.config
         rope, attended_BP = rope_table(config, x_BLD.device), self.transformer.attended(condition)
-        cache = KVCache(config.num_layers, config.num_heads, len(rope), x_BLD)
-        return self._advance(DecodingState(guidance, rope, attended_BP, cache), x_BLD)
+        mask = None
+        if attended_BP is not None:
+            mask = attention_mask(attended_BP, torch.arange(length, device=x_BLD.device), length)
+        # The last token is never fed.
+        cache = KVCache(config.num_layers, config.num_heads, len(rope) - 1, x_BLD)
+        hidden_BLD = self.transformer.run_layers(x_BLD, rope[:length], mask, cache)
+        cache.length = length
+        scale_L = guidance.at_tokens(self.order, x_BLD.device)
+        logits_B1V = self.transformer.logits(hidden_BLD[:, -1:])
+        logits_B1V = guidance.apply(logits_B1V, scale_L[length - config.condition_tokens])
+        position_1 = torch.tensor([length], device=x_BLD.device)
+        return DecodingState(guidance, scale_L, rope, attended_BP, cache, position_1, logits_B1V)
 
     def next_logits(self, state: DecodingState) -> Tensor:
         """See `Teacher.next_logits`."""
-        block = state.cache.length - self.transformer.config.condition_tokens
-        total_blocks = self.order.num_blocks
-        assert block < total_blocks
-        return state.guidance.apply(state.logits, state.guidance.at(block, total_blocks))
+        return state.logits_B1V
 
     @torch.no_grad()
     def feed(self, state: DecodingState, token_BK: Tensor) -> DecodingState:
         """See `Teacher.feed`; the state given is itself carried on."""
+        capacity = len(state.rope) - 1
+        assert state.cache.length < capacity
+        state.cache.length += 1
+        span = min(math.ceil(state.cache.length / _SPAN) * _SPAN, capacity)
+        state.logits_B1V = self._decode(token_BK, span, state)
+        state.position_1 = state.position_1 + 1
+        return state
+
+    def _decode(self, token_B1: Tensor, span: int, state: DecodingState) -> Tensor:
+        """Guided logits of the token behind `token_B1`, which reads the first `span` positions as far as they are run."""
         if state.guidance.is_active:
-            token_BK = token_BK.repeat(2, 1)
-        return self._advance(state, self.transformer.tok_embeddings(token_BK))
+            token_B1 = token_B1.repeat(2, 1)
+        x_B1D = self.transformer.tok_embeddings(token_B1)
+        mask = attention_mask(state.attended_BP, state.position_1, span)
+        slot = CacheSlot(state.cache, state.position_1, span)
+        hidden_B1D = self.transformer.run_layers(x_B1D, state.rope[state.position_1], mask, slot)
+        scale_1 = state.scale_L[state.position_1 - self.transformer.config.condition_tokens + 1]
+        return state.guidance.apply(self.transformer.logits(hidden_B1D), scale_1)
 
     def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
         """See `Teacher.forced_logits`."""
@@ -109,10 +139,3 @@ class LlamaGenTeacher(nn.Module):
     def decode(self, code_BLC: Tensor) -> Tensor:
         """See `Teacher.decode`."""
         return self.tokenizer.decode(code_BLC)
-
-    def _advance(self, state: DecodingState, x_BLD: Tensor) -> DecodingState:
-        first, end = state.cache.length, state.cache.length + x_BLD.shape[1]
-        mask = attention_mask(state.attended_BP, first, end)
-        hidden_BLD = self.transformer.run_layers(x_BLD, state.rope[first:end], mask, state.cache)
-        state.logits = self.transformer.logits(hidden_BLD[:, -1:])
-        return state

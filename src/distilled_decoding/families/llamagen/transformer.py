@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distilled_decoding.condition import Captions, Condition, Labels
-from distilled_decoding.families.layers import KVCache
+from distilled_decoding.families.layers import CacheSlot, KVCache
+
+Cache = KVCache | CacheSlot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class TransformerConfig:
 
 
 def rope_table(config: TransformerConfig, device: torch.device | None = None) -> Tensor:
-    """Rotations of query and key channel pairs, complex64 [P, E / 2].
+    """Rotations of query and key channel pairs, cosine and sine, float32 [P, E / 2, 2].
 
     The first half of the pairs turns with the token's row, the second with its column. The condition's positions
     have zeros, not the identity, as in the published models: their keys vanish, so that every token scores them 0.
@@ -95,33 +97,33 @@ def rope_table(config: TransformerConfig, device: torch.device | None = None) ->
     row = angle[:, None].expand(-1, config.grid, -1)
     column = angle[None].expand(config.grid, -1, -1)
     angle_LE = torch.cat([row, column], dim=-1).flatten(0, 1)
-    return F.pad(torch.polar(torch.ones_like(angle_LE), angle_LE), (0, 0, config.condition_tokens, 0))
+    return F.pad(torch.stack([angle_LE.cos(), angle_LE.sin()], dim=-1), (0, 0, 0, 0, config.condition_tokens, 0))
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """`x` [B, L, ..., H, E] with channel pairs (2i, 2i+1) turned by `rope` [L, E / 2], in float32."""
-    rope = rope.view(len(rope), *[1] * (x.ndim - 3), -1)
+    """`x` [B, L, ..., H, E] with channel pairs (2i, 2i+1) turned by `rope` [L, E / 2, 2], in float32."""
+    rope = rope.view(len(rope), *[1] * (x.ndim - 3), -1, 2)
     pair = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         # The compiler fuses real arithmetic but not complex; uncompiled, the complex product is several times faster.
-        even, odd = pair.unbind(-1)
-        turned = torch.stack([even * rope.real - odd * rope.imag, even * rope.imag + odd * rope.real], dim=-1)
+        (even, odd), (cos, sin) = pair.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pair) * rope)
+        turned = torch.view_as_real(torch.view_as_complex(pair) * torch.view_as_complex(rope))
     return turned.flatten(-2).to(x.dtype)
 
 
-def attention_mask(attended_BP: Tensor | None, first: int, end: int) -> Tensor | None:
-    """Which positions before `end` each of `first`..`end`-1 attends to, bool [B, 1, end - first, end].
+def attention_mask(attended_BP: Tensor | None, position_L: Tensor, span: int) -> Tensor:
+    """Which of the first `span` positions each of `position_L` attends to, bool [B or 1, 1, L, span].
 
-    It is those of `attended_BP` up to its own, and itself in any case: a row of padding would be empty otherwise.
-    None, which is all up to its own, stays None.
+    It is those of `attended_BP` (None: all) up to its own, and itself in any case: a row of padding would be empty
+    otherwise.
     """
-    if attended_BP is None:
-        return None
-    key_P = torch.arange(end, device=attended_BP.device)
-    query_L1 = key_P[first:, None]
-    return ((key_P <= query_L1) & attended_BP[:, None, :end] | (key_P == query_L1))[:, None]
+    key_P, query_L1 = torch.arange(span, device=position_L.device), position_L[:, None]
+    mask_BLP = (key_P <= query_L1)[None]
+    if attended_BP is not None:
+        mask_BLP = mask_BLP & attended_BP[:, None, :span] | (key_P == query_L1)
+    return mask_BLP[:, None]
 
 
 class Attention(nn.Module):
@@ -134,17 +136,15 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None, layer: int, cache: KVCache | None) -> Tensor:
-        """Several positions at once only at the start of a sequence; one at a time behind a cache."""
+    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None, layer: int, cache: Cache | None) -> Tensor:
+        """Without a mask the positions are the first of their sequence."""
         qkv = self.wqkv(x_BLD).unflatten(-1, (3, self.num_heads, -1))
         query, key = rotate(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)
         value = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        positions = query.shape[2]
-        assert positions in (1, key.shape[2])
-        is_causal = mask is None and positions > 1
-        out_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+        assert mask is not None or query.shape == key.shape
+        out_BHLE = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return self.dropout(self.wo(out_BHLE.transpose(1, 2).flatten(2)))
 
 
@@ -173,7 +173,7 @@ class Layer(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None, layer: int, cache: Cache | None) -> Tensor:
         """`layer` is this layer's place in the cache."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, mask, layer, cache)
         return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))
@@ -240,17 +240,15 @@ class Backbone(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def run_layers(
-        self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+        self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Hidden states of consecutive positions, whose rotations are `rope`; `cache` grows by them.
+        """Hidden states of consecutive positions, whose rotations are `rope`; `cache` takes their keys and values.
 
-        `mask` is an `attention_mask`; without, every position attends to all up to its own.
+        `mask` is an `attention_mask`; without, the positions are the first, and each attends to all up to its own.
         """
         x_BLD = self.dropout(x_BLD)
         for index, layer in enumerate(self.layers):
             x_BLD = layer(x_BLD, rope, mask, index, cache)
-        if cache is not None:
-            cache.length += x_BLD.shape[1]
         return x_BLD
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
@@ -307,6 +305,8 @@ class Transformer(Backbone):
         """
         x_BLD = self.embed(token_BL[:, : self.config.num_tokens - 1], condition)
         length = x_BLD.shape[1]
-        rope, mask = rope_table(self.config, x_BLD.device)[:length], attention_mask(self.attended(condition), 0, length)
-        hidden_BLD = self.run_layers(x_BLD, rope, mask)
+        attended_BP, mask = self.attended(condition), None
+        if attended_BP is not None:
+            mask = attention_mask(attended_BP, torch.arange(length, device=x_BLD.device), length)
+        hidden_BLD = self.run_layers(x_BLD, rope_table(self.config, x_BLD.device)[:length], mask)
         return self.logits(hidden_BLD[:, self.config.condition_tokens - 1 :])

@@ -4,7 +4,7 @@ Axis letters: B batch, L positions or tokens, K tokens of one scale, V codebook 
 h w full token grid.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -29,8 +29,8 @@ class DecodingState:
         modulations: what the class does to each layer.
         cache: keys and values of all positions run.
         sum_BChw: the features that the scales so far sum to, of B images.
-        block: the scale that `logits` predicts.
-        logits: of that scale, [B, K, V], before guidance.
+        block: the scale that is predicted next.
+        logits_BKV: guided, of that scale.
     """
 
     guidance: Guidance
@@ -39,7 +39,7 @@ class DecodingState:
     cache: KVCache
     sum_BChw: Tensor
     block: int
-    logits: Tensor = field(init=False)
+    logits_BKV: Tensor
 
 
 class VARTeacher(nn.Module):
@@ -113,23 +113,50 @@ class VARTeacher(nn.Module):
         if block > 0 and masked:
             mask_LL = self.order.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
         cache = KVCache(config.num_layers, config.num_heads, self.order.length, x_BLD)
-        state = DecodingState(guidance, class_BD, self.transformer.modulations(class_BD), cache, sums[-1], block)
-        return self._advance(state, x_BLD, mask_LL)
+        modulations = self.transformer.modulations(class_BD)
+        logits_BKV = self._predict(x_BLD, class_BD, modulations, mask_LL, cache, block, guidance)
+        cache.length = length
+        return DecodingState(guidance, class_BD, modulations, cache, sums[-1], block, logits_BKV)
 
     def next_logits(self, state: DecodingState) -> Tensor:
         """See `Teacher.next_logits`."""
-        return state.guidance.apply(state.logits, state.guidance.at(state.block, self.order.num_blocks))
+        return state.logits_BKV
 
     @torch.no_grad()
     def feed(self, state: DecodingState, token_BK: Tensor) -> DecodingState:
         """See `Teacher.feed`; the state given is itself carried on."""
-        quantizer = self.tokenizer.quantize
-        state.sum_BChw = state.sum_BChw + quantizer.share(lookup(token_BK, self.codebook), state.block)
+        state.sum_BChw, state.logits_BKV = self._decode(token_BK, state)
         state.block += 1
-        input_BKC = quantizer.reduce(state.sum_BChw, state.block)
+        state.cache.length += self.order.sizes[state.block]
+        return state
+
+    def _decode(self, token_BK: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
+        """The sum of features with the scale `token_BK`, and guided logits of the scale behind it."""
+        quantizer, block = self.tokenizer.quantize, state.block + 1
+        sum_BChw = state.sum_BChw + quantizer.share(lookup(token_BK, self.codebook), state.block)
+        input_BKC = quantizer.reduce(sum_BChw, block)
         if state.guidance.is_active:
             input_BKC = input_BKC.repeat(2, 1, 1)
-        return self._advance(state, self.transformer.embed(input_BKC, self.order.span(state.block)), None)
+        x_BKD = self.transformer.embed(input_BKC, self.order.span(block))
+        logits_BKV = self._predict(
+            x_BKD, state.class_BD, state.modulations, None, state.cache, block, state.guidance
+        )
+        return sum_BChw, logits_BKV
+
+    def _predict(
+        self,
+        x_BLD: Tensor,
+        class_BD: Tensor,
+        modulations: list[Tensor],
+        mask_LL: Tensor | None,
+        cache: KVCache,
+        block: int,
+        guidance: Guidance,
+    ) -> Tensor:
+        """Guided logits of a scale, whose positions come last in `x_BLD`."""
+        hidden_BLD = self.transformer.run_layers(x_BLD, modulations, mask_LL, cache)
+        logits_BKV = self.transformer.logits(hidden_BLD[:, -self.order.sizes[block] :], class_BD)
+        return guidance.apply(logits_BKV, guidance.at(block, self.order.num_blocks))
 
     def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
         """See `Teacher.forced_logits`."""
@@ -147,9 +174,3 @@ class VARTeacher(nn.Module):
     def decode(self, code_BLC: Tensor) -> Tensor:
         """See `Teacher.decode`."""
         return self.tokenizer.decode(code_BLC)
-
-    def _advance(self, state: DecodingState, x_BLD: Tensor, mask_LL: Tensor | None) -> DecodingState:
-        hidden_BLD = self.transformer.run_layers(x_BLD, state.modulations, mask_LL, state.cache)
-        hidden_BKD = hidden_BLD[:, -self.order.sizes[state.block] :]
-        state.logits = self.transformer.logits(hidden_BKD, state.class_BD)
-        return state

@@ -212,12 +212,10 @@ class Backbone(nn.Module):
         cache: KVCache | None = None,
         between: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states of consecutive positions; `cache` grows by them."""
+        """Hidden states of consecutive positions; `cache` takes their keys and values."""
         for index, layer in enumerate(self.blocks):
             between_BLD = None if between is None else between[index]
             x_BLD = layer(x_BLD, modulations[index], mask_LL, index, cache, between_BLD)
-        if cache is not None:
-            cache.length += x_BLD.shape[1]
         return x_BLD
 
     def logits(self, hidden_BLD: Tensor, class_BD: Tensor) -> Tensor:
