@@ -152,9 +152,12 @@ class PixelStudent(Network):
         student.load_state_dict(teacher.network.state_dict())
         return student.to(teacher.codebook.device)
 
-    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
+    def forward(
+        self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, num_logits: int | None = None
+    ) -> StudentOutput:
         """See `Student.__call__`."""
-        return self.predict(code_BLC, self.order.known_BL(known_blocks_B), condition, own_block=False)
+        known_BL = self.order.known_BL(known_blocks_B)[:, : code_BLC.shape[1]]
+        return self.predict(code_BLC, known_BL, condition, own_block=False)
 
 
 register(Family("pixels", {"network": (Network, Config)}, PixelTeacher, (PixelStudent, Config)))

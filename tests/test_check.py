@@ -496,19 +496,31 @@ class SeesItselfOnly(WrappedStudent):
 
 
 class NeverToldWhatIsKnown(WrappedStudent):
-    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
-        return self.student(code_BLC, condition, torch.zeros_like(known_blocks_B))
+    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, *num: int) -> StudentOutput:
+        return self.student(code_BLC, condition, torch.zeros_like(known_blocks_B), *num)
 
 
 class NeverToldTheClass(WrappedStudent):
-    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
-        return self.student(code_BLC, condition.null(), known_blocks_B)
+    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, *num: int) -> StudentOutput:
+        return self.student(code_BLC, condition.null(), known_blocks_B, *num)
 
 
 class MixesStudents(WrappedStudent):
     def forward(self, *inputs: Any) -> StudentOutput:
         output = self.student(*inputs)
         return StudentOutput(output.logits_BLV + output.logits_BLV.mean(0), output.code_BLC)
+
+
+class ReadsWholeSequences(WrappedStudent):
+    def forward(self, code_BLC: Tensor, *others: Any) -> StudentOutput:
+        missing = self.order.length - code_BLC.shape[1]
+        return self.student(F.pad(code_BLC, (0, 0, 0, missing)), *others[:2])
+
+
+class CountsItsTokens(WrappedStudent):
+    def forward(self, code_BLC: Tensor, *others: Any) -> StudentOutput:
+        output = self.student(code_BLC, *others)
+        return StudentOutput(output.logits_BLV * code_BLC.shape[1], output.code_BLC)
 
 
 class HasAnIdleParameter(WrappedStudent):
@@ -535,6 +547,8 @@ BROKEN_STUDENTS = {
     DeafToItself: "must see the input at the token it predicts, but token 0 does not",
     SeesItselfOnly: "must see the earlier blocks, but no later prediction sees token 0",
     NeverToldWhatIsKnown: "must read known_blocks_B",
+    ReadsWholeSequences: r"the logits of \d+ leading tokens must be torch.float32 \[2, \d+",
+    CountsItsTokens: r"must predict \d+ leading tokens as it does among all, but its logits change",
     NeverToldTheClass: "must read its condition",
     MixesStudents: "must not depend on the others in its batch, .* the logits of the first change",
     HasAnIdleParameter: r"must reach every parameter of a student, but none reach idle \(1 in all\)",

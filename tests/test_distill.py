@@ -129,7 +129,7 @@ def test_gradient_of_the_perceptual_loss_goes_through_the_decoder() -> None:
     inputs = [x.double().requires_grad_() for x in (logits_BLV, code_BLC)]
 
     def loss(logits: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-        predicted = soft_sequence(StudentOutput(logits, code), teacher.codebook, order, split_block=6)
+        predicted = soft_sequence(StudentOutput(logits, code), teacher.codebook, order.tokens_before(6))
         return perceptual_loss(predicted, target_BLC.double(), teacher.decode, torch.nn.functional.mse_loss)
 
     gradients = torch.autograd.grad(loss(*inputs), inputs)

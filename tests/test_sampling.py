@@ -19,8 +19,8 @@ def codes(plan: Plan, callback=None) -> torch.Tensor:
 
 def teacher_codes() -> torch.Tensor:
     noise_BLC = gaussian_noise(KEY_B, 16, 4)
-    choose = by_flow(PIPE.teacher.order, noise_BLC, PIPE.teacher.codebook, tiny.FLOW)
-    return lookup(rollout(PIPE.teacher, CONDITION, tiny.SAMPLING, choose), PIPE.teacher.codebook)
+    choose = by_flow(PIPE.teacher.order, noise_BLC, PIPE.teacher.codebook, tiny.SAMPLING, tiny.FLOW)
+    return lookup(rollout(PIPE.teacher, CONDITION, tiny.SAMPLING.guidance, choose), PIPE.teacher.codebook)
 
 
 def test_teacher_in_every_block_gives_the_teachers_own_tokens() -> None:

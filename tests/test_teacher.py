@@ -5,7 +5,7 @@ from scipy import stats
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Labels
 from distilled_decoding.flow import FlowSettings
-from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.teacher import (
     Guidance,
     TeacherSampling,
@@ -96,9 +96,9 @@ def test_two_tokens_are_distributed_as_the_teacher_says(how: str) -> None:
     condition = Labels(torch.full((num,), 1), 3)
     key_B = image_keys("sampling", 0, range(num))
     noise_BLC = gaussian_noise(key_B, 16, 4)
-    flow = by_flow(teacher.order, noise_BLC, teacher.codebook, FlowSettings(num_steps=40))
-    choose = flow if how == "flow" else by_chance(teacher.order, key_B)
-    token_BL = rollout(teacher, condition, tiny.SAMPLING, choose, end_block=2)
+    flow = by_flow(teacher.order, noise_BLC, teacher.codebook, tiny.SAMPLING, FlowSettings(num_steps=40))
+    choose = flow if how == "flow" else by_chance(teacher.order, uniform(key_B, 16, 1), tiny.SAMPLING)
+    token_BL = rollout(teacher, condition, tiny.SAMPLING.guidance, choose, end_block=2)
 
     both = torch.cartesian_prod(torch.arange(16), torch.zeros(1, dtype=torch.long))
     logits_BLV = teacher.forced_logits(torch.nn.functional.pad(both, (0, 14)), condition[:16], tiny.SAMPLING.guidance)
@@ -116,11 +116,11 @@ def test_two_tokens_are_distributed_as_the_teacher_says(how: str) -> None:
 def test_a_prefix_is_kept_and_continued() -> None:
     teacher, condition = tiny.teacher(), Labels.balanced(4, 3)
     noise_BLC = gaussian_noise(image_keys("sampling", 0, range(4)), 16, 4)
-    choose = by_flow(teacher.order, noise_BLC, teacher.codebook, tiny.FLOW)
-    whole_BL = rollout(teacher, condition, tiny.SAMPLING, choose)
-    part_BL = rollout(teacher, condition, tiny.SAMPLING, choose, end_block=6)
+    choose = by_flow(teacher.order, noise_BLC, teacher.codebook, tiny.SAMPLING, tiny.FLOW)
+    whole_BL = rollout(teacher, condition, tiny.SAMPLING.guidance, choose)
+    part_BL = rollout(teacher, condition, tiny.SAMPLING.guidance, choose, end_block=6)
     assert torch.equal(part_BL, whole_BL[:, :6])
-    assert torch.equal(rollout(teacher, condition, tiny.SAMPLING, choose, prefix_BL=part_BL), whole_BL)
+    assert torch.equal(rollout(teacher, condition, tiny.SAMPLING.guidance, choose, prefix_BL=part_BL), whole_BL)
 
 
 @pytest.mark.parametrize(

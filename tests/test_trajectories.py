@@ -20,8 +20,8 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_trajectory_is_the_flow_map_of_its_own_noise(tmp_path: Path) -> None:
     shard = tiny.store(tmp_path, PIPE, num=8).load()
     noise_BLC = gaussian_noise(image_keys("trajectories", 0, range(8)), 16, 4)
-    choose = by_flow(PIPE.teacher.order, noise_BLC, PIPE.teacher.codebook, tiny.FLOW)
-    token_BL = rollout(PIPE.teacher, Labels.balanced(8, 3), tiny.SAMPLING, choose)
+    choose = by_flow(PIPE.teacher.order, noise_BLC, PIPE.teacher.codebook, tiny.SAMPLING, tiny.FLOW)
+    token_BL = rollout(PIPE.teacher, Labels.balanced(8, 3), tiny.SAMPLING.guidance, choose)
     assert torch.equal(shard.token_NL, token_BL)
     assert shard.label_N.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 

@@ -431,6 +431,18 @@ def _student_keeps_images_apart(student: nn.Module, teacher: Teacher) -> None:
         _expect_close(beside[head][0], alone[head][0], _SAME, f"{promise} change:")
 
 
+def _student_predicts_leading_blocks_alone(student: nn.Module, teacher: Teacher) -> None:
+    (x_BLC, *others), weights = _inputs(teacher), _stirred(student)
+    whole = _heads(functional_call(student, weights, (x_BLC, *others)))
+    for block in _blocks(teacher.order):
+        length = teacher.order.span(block).stop
+        part = _heads(functional_call(student, weights, (x_BLC[:, :length], *others, length)))
+        for head, value in whole.items():
+            _expect_tensor(part[head], (len(x_BLC), length, value.shape[2]), f"the {head} of {length} leading tokens")
+            promise = f"a student must predict {length} leading tokens as it does among all, but its {head} change:"
+            _expect_close(part[head], value[:, :length], _SAME, promise)
+
+
 def _student_learns_with_every_parameter(student: nn.Module, teacher: Teacher) -> None:
     weights = {name: value.requires_grad_() for name, value in _stirred(student).items()}
     with torch.enable_grad():
@@ -454,5 +466,6 @@ STUDENT_CHECKS = (
     _student_is_told_what_is_known,
     _student_knows_its_condition,
     _student_keeps_images_apart,
+    _student_predicts_leading_blocks_alone,
     _student_learns_with_every_parameter,
 )

@@ -193,7 +193,7 @@ def batch_loss(
     perceptual = None
     if settings.loss.perceptual_weight > 0:
         assert image_distance is not None
-        predicted_BLC = soft_sequence(output, codebook_VC, order, split_block)
+        predicted_BLC = soft_sequence(output, codebook_VC, order.tokens_before(split_block))
         predicted_BLC = torch.where(known_BL.unsqueeze(-1), code_BLC, predicted_BLC)
         perceptual = perceptual_loss(predicted_BLC, code_BLC, teacher.decode, image_distance)
     weight_L = None

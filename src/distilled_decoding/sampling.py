@@ -5,6 +5,7 @@ Axis letters: B batch, L tokens in a sequence, C code channels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,10 +14,17 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.condition import Condition
 from distilled_decoding.flow import FlowSettings
-from distilled_decoding.losses import corrupt
-from distilled_decoding.noise import gaussian_noise
-from distilled_decoding.student import Student, final_sequence, pass_known
-from distilled_decoding.teacher import Prefix, Teacher, TeacherSampling, by_chance, by_flow, rollout
+from distilled_decoding.noise import gaussian_noise, uniform
+from distilled_decoding.student import Student, final_sequence
+from distilled_decoding.teacher import (
+    Prefix,
+    Teacher,
+    TeacherSampling,
+    by_chance,
+    by_flow,
+    draw_from_logits,
+    rollout,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Step:
     Attributes:
         name: `student` or `teacher`.
         block: the first block that was predicted.
-        code_BLC: the sequence so far.
+        code_BLC: the sequence so far, noise behind what is predicted.
     """
 
     name: str
@@ -90,6 +98,52 @@ def check_plan(plan: Plan, order: BlockOrder, start_blocks: Sequence[int]) -> Pl
     return plan
 
 
+def jump(
+    student: Student, x_BLC: Tensor, condition: Condition, known_blocks: int, codebook_VC: Tensor, split_block: int
+) -> Tensor:
+    """One pass of the student: codes of a sequence whose later blocks are noise (Eq. 8).
+
+    Args:
+        student: the model.
+        x_BLC: codes in the known blocks, noise in the others; all blocks of a sequence or the leading ones.
+        condition: one entry per sequence.
+        known_blocks: how many leading blocks are known.
+        codebook_VC: the codes.
+        split_block: blocks before it come from the logits, known ones as the nearest code; the others from the code
+            head, known ones as they are.
+
+    Returns:
+        code_BLC, the shape of `x_BLC`.
+    """
+    length = x_BLC.shape[1]
+    known, split = (min(student.order.tokens_before(block), length) for block in (known_blocks, split_block))
+    known_blocks_B = torch.full((len(x_BLC),), known_blocks, device=x_BLC.device)
+    output = student(x_BLC, condition, known_blocks_B, split)
+    code_BLC = final_sequence(output, codebook_VC, split)
+    if known == 0:
+        return code_BLC
+    quantised = min(known, split)
+    chosen_BLC = lookup(nearest(x_BLC[:, :quantised], codebook_VC), codebook_VC)
+    return torch.cat([chosen_BLC, x_BLC[:, quantised:known], code_BLC[:, known:]], dim=1)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The computations of a sampler outside the teacher, each a function of tensors, so that it can be compiled.
+
+    Attributes:
+        noise: see `gaussian_noise`.
+        uniform: see `uniform`.
+        draw: see `draw_from_logits`.
+        jump: see `jump`.
+    """
+
+    noise: Callable[..., Tensor] = gaussian_noise
+    uniform: Callable[..., Tensor] = uniform
+    draw: Callable[..., Tensor] = draw_from_logits
+    jump: Callable[..., Tensor] = jump
+
+
 @torch.no_grad()
 def sample(
     plan: Plan,
@@ -101,8 +155,11 @@ def sample(
     flow: FlowSettings,
     split_block: int,
     callback: Callback | None = None,
+    passes: Passes = Passes(),  # noqa: B008
 ) -> Tensor:
     """Codes of whole images, each from its key and condition alone.
+
+    A step predicts only what no later step predicts again: of two steps 0 and b, the first runs on the blocks before b.
 
     Args:
         plan: a plan that `check_plan` accepted.
@@ -112,44 +169,43 @@ def sample(
         key_B: one key per image, on the device of the models.
         sampling: the teacher's distribution.
         flow: the solver of the teacher's flow map.
-        split_block: see `final_sequence`.
+        split_block: see `jump`.
         callback: called after every step.
+        passes: the computations, eager by default.
 
     Returns:
-        code_BLC for the tokenizer's decoder.
+        code_BLC for the tokenizer's decoder; not finite where the student's logits are not numbers.
+
+    Raises:
+        ValueError: the teacher's logits are not numbers.
     """
     order, codebook_VC = teacher.order, teacher.codebook
-    noise_BLC = gaussian_noise(key_B, order.length, codebook_VC.shape[1])
-    choose = by_chance(order, key_B) if plan.ancestral else by_flow(order, noise_BLC, codebook_VC, flow)
-    tell = callback or (lambda step: None)
-    code_BLC = noise_BLC
+    code_BLC = passes.noise(key_B, order.length, codebook_VC.shape[1])
+    if plan.ancestral:
+        choose = by_chance(order, passes.uniform(key_B, order.length, 1), sampling, passes.draw)
+    else:
+        choose = by_flow(order, code_BLC, codebook_VC, sampling, flow)
 
     def teach(first: int, end: int) -> Tensor:
         prefix_BL = nearest(code_BLC[:, : order.tokens_before(first)], codebook_VC) if first else None
-        token_BL = rollout(teacher, condition, sampling, choose, prefix_BL, end, plan.prefix)
-        predicted_BLC = torch.cat([lookup(token_BL, codebook_VC), noise_BLC[:, token_BL.shape[1] :]], 1)
-        tell(Step("teacher", first, predicted_BLC))
-        return predicted_BLC
+        token_BL = rollout(teacher, condition, sampling.guidance, choose, prefix_BL, end, plan.prefix)
+        return lookup(token_BL, codebook_VC)
 
-    def jump(start: int) -> Tensor:
-        assert student is not None
-        known_blocks_B = torch.full((len(condition),), start, device=noise_BLC.device)
-        known_BL = order.known_BL(known_blocks_B)
-        x_BLC = corrupt(noise_BLC, code_BLC, known_BL)
-        output = student(x_BLC, condition, known_blocks_B)
-        if start > 0:
-            output = pass_known(output, x_BLC, nearest(x_BLC, codebook_VC), known_BL)
-        predicted_BLC = final_sequence(output, codebook_VC, order, split_block)
-        tell(Step("student", start, predicted_BLC))
-        return predicted_BLC
+    def predict(first: int, end: int) -> Tensor:
+        x_BLC = code_BLC[:, : order.tokens_before(end)]
+        return passes.jump(student, x_BLC, condition, first, codebook_VC, split_block)
 
-    if not plan.schedule:
-        return teach(0, order.num_blocks)
-    span_first, span_end = plan.teacher_span or (-1, -1)
-    for start in plan.schedule:
-        if start == span_end:
-            code_BLC = teach(span_first, span_end)
-        # What the first step predicts would all be predicted again.
-        if not (start == 0 and span_first == 0):
-            code_BLC = jump(start)
-    return teach(span_first, span_end) if span_end == order.num_blocks else code_BLC
+    for (name, first), (_, end) in pairwise([*_steps(plan), ("", order.num_blocks)]):
+        predicted_BLC = teach(first, end) if name == "teacher" else predict(first, end)
+        code_BLC = torch.cat([predicted_BLC, code_BLC[:, predicted_BLC.shape[1] :]], 1)
+        if callback is not None:
+            callback(Step(name, first, code_BLC))
+    return code_BLC
+
+
+def _steps(plan: Plan) -> list[tuple[str, int]]:
+    """Who predicts, from which block on; each step ends where the next one begins."""
+    steps = dict.fromkeys(plan.schedule, "student")
+    if plan.teacher_span is not None or not plan.schedule:
+        steps[plan.teacher_span[0] if plan.teacher_span else 0] = "teacher"
+    return [(name, first) for first, name in sorted(steps.items())]

@@ -20,10 +20,10 @@ from distilled_decoding.condition import Condition
 
 @dataclass(frozen=True, eq=False)
 class StudentOutput:
-    """A student's two predictions of whole sequences.
+    """A student's two predictions of the positions that it read.
 
     Attributes:
-        logits_BLV: over the tokens of each position, float32.
+        logits_BLV: over the tokens of each position, or of as many leading ones as were asked for, float32.
         code_BLC: the code at each position, float32.
     """
 
@@ -39,56 +39,32 @@ class Student(Protocol):
         """The blocks of a sequence, the teacher's."""
         ...
 
-    def __call__(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
+    def __call__(
+        self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, num_logits: int | None = None
+    ) -> StudentOutput:
         """Predict every position of a sequence from it and from the blocks before its own (Eq. 6).
 
         Args:
-            code_BLC: codes in the leading known blocks, noise in the others.
+            code_BLC: codes in the leading known blocks, noise in the others; all blocks of a sequence, or only the
+                leading ones, which do not depend on the others.
             condition: one entry per sequence.
             known_blocks_B: number of leading blocks that are known, int [B].
+            num_logits: how many leading positions need logits; None is all. A student may give more.
         """
         ...
 
 
-def pass_known(output: StudentOutput, code_BLC: Tensor, token_BL: Tensor, known_BL: Tensor) -> StudentOutput:
-    """Put what is known in place of what was predicted for it.
+def final_sequence(output: StudentOutput, codebook_VC: Tensor, split: int) -> Tensor:
+    """The sequence to decode, code_BLC (Eq. 8): most likely codes of the first `split` tokens, predicted ones behind.
 
-    Args:
-        output: the student's predictions.
-        code_BLC: what the student read; kept as the code where known.
-        token_BL: the tokens nearest to `code_BLC`, int64; made certain in the logits where known.
-        known_BL: bool, which positions are known.
+    Logits that are not a number give a code that is none, so that nobody takes it for an image.
     """
-    other_BLV = torch.arange(output.logits_BLV.shape[-1], device=token_BL.device) != token_BL[..., None]
-    certain_BLV = torch.zeros_like(output.logits_BLV).masked_fill(other_BLV, -math.inf)
-    known_BL1 = known_BL[..., None]
-    return StudentOutput(
-        logits_BLV=torch.where(known_BL1, certain_BLV, output.logits_BLV),
-        code_BLC=torch.where(known_BL1, code_BLC, output.code_BLC),
-    )
-
-
-def final_sequence(output: StudentOutput, codebook_VC: Tensor, order: BlockOrder, split_block: int) -> Tensor:
-    """The sequence to decode, code_BLC (Eq. 8): most likely codes before `split_block`, predicted ones from it on.
-
-    Args:
-        output: the student's predictions.
-        codebook_VC: the codes.
-        order: the blocks of the sequence.
-        split_block: 0 takes every position from the code head, `order.num_blocks` every one from the logits.
-
-    Raises:
-        ValueError: `split_block` is outside 0..num_blocks.
-    """
-    if not 0 <= split_block <= order.num_blocks:
-        raise ValueError(f"split_block must lie in 0..{order.num_blocks}, the number of blocks, got {split_block}")
-    split = order.tokens_before(split_block)
-    chosen_BLC = codebook_VC[output.logits_BLV[:, :split].argmax(-1)]
+    best_BL, token_BL = output.logits_BLV[:, :split].max(-1)
+    chosen_BLC = codebook_VC[token_BL].masked_fill(best_BL.isnan()[..., None], math.nan)
     return torch.cat([chosen_BLC, output.code_BLC[:, split:]], dim=1)
 
 
-def soft_sequence(output: StudentOutput, codebook_VC: Tensor, order: BlockOrder, split_block: int) -> Tensor:
+def soft_sequence(output: StudentOutput, codebook_VC: Tensor, split: int) -> Tensor:
     """`final_sequence` with the expected code in place of the most likely one, so that gradients flow."""
-    split = order.tokens_before(split_block)
     expected_BLC = output.logits_BLV[:, :split].softmax(-1) @ codebook_VC
     return torch.cat([expected_BLC, output.code_BLC[:, split:]], dim=1)

@@ -15,7 +15,6 @@ from torch import Tensor
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
 from distilled_decoding.flow import FlowSettings, flow_map
-from distilled_decoding.noise import uniform
 
 Ramp = Literal["constant", "linear"]
 
@@ -221,17 +220,24 @@ def draw(log_p_BKV: Tensor, uniform_BK: Tensor) -> Tensor:
     """Tokens [B, K] drawn from p by inverting its cumulative sum at uniform numbers in (0, 1)."""
     cumulative_BKV = log_p_BKV.double().exp().cumsum(-1)
     target_BK1 = uniform_BK.unsqueeze(-1) * cumulative_BKV[..., -1:]
-    return torch.searchsorted(cumulative_BKV, target_BK1).squeeze(-1)
+    # Where p is not a number, the search ends behind the last code.
+    return torch.searchsorted(cumulative_BKV, target_BK1).squeeze(-1).clamp(max=log_p_BKV.shape[-1] - 1)
+
+
+def draw_from_logits(logits_BKV: Tensor, uniform_BK: Tensor, sampling: TeacherSampling) -> Tensor:
+    """Tokens [B, K] drawn from the teacher's distribution."""
+    return draw(log_probabilities(logits_BKV, sampling), uniform_BK)
 
 
 Choose = Callable[[int, Tensor], Tensor]
-"""Picks the tokens [B, K] of a block (its index first) from log p [B, K, V]."""
+"""Picks the tokens [B, K] of a block (its index first) from the teacher's guided logits [B, K, V]."""
 
 
+@torch.no_grad()
 def rollout(
     teacher: Teacher,
     condition: Condition,
-    sampling: TeacherSampling,
+    guidance: Guidance,
     choose: Choose,
     prefix_BL: Tensor | None = None,
     end_block: int | None = None,
@@ -242,7 +248,7 @@ def rollout(
     Args:
         teacher: the model.
         condition: one entry per image.
-        sampling: the teacher's distribution.
+        guidance: the teacher's.
         choose: how a token is picked: at random, or by the flow map.
         prefix_BL: tokens of leading blocks that are already known.
         end_block: stop before this block; None goes to the end.
@@ -250,27 +256,43 @@ def rollout(
 
     Returns:
         token_BL, int64, the prefix included.
+
+    Raises:
+        ValueError: the teacher's logits are not numbers.
     """
     order = teacher.order
     tokens = [] if prefix_BL is None else [prefix_BL]
     first = 0 if prefix_BL is None else order.blocks_in(prefix_BL.shape[1])
     last = order.num_blocks if end_block is None else end_block
     start = teacher.start if prefix == "causal" else teacher.start_unmasked  # type: ignore[attr-defined]
-    state = start(condition, sampling.guidance, prefix_BL)
+    state = start(condition, guidance, prefix_BL)
+    undefined = []
     for block in range(first, last):
-        token_BK = choose(block, log_probabilities(teacher.next_logits(state), sampling))
-        tokens.append(token_BK)
+        logits_BKV = teacher.next_logits(state)
+        undefined.append(logits_BKV.isnan().any())
+        tokens.append(choose(block, logits_BKV))
         if block + 1 < last:
-            state = teacher.feed(state, token_BK)
+            state = teacher.feed(state, tokens[-1])
+    # Asked once, behind the last block: the host does not wait for the device in between.
+    if torch.stack(undefined).any():
+        raise ValueError("the teacher's logits are not numbers: its weights are damaged, or the dtype is too narrow")
     return torch.cat(tokens, 1)
 
 
-def by_chance(order: BlockOrder, key_B: Tensor) -> Choose:
-    """Ordinary ancestral sampling: every image draws from its own key."""
-    uniform_BL = uniform(key_B, order.length, stream=1)
-    return lambda block, log_p_BKV: draw(log_p_BKV, uniform_BL[:, order.span(block)])
+def by_chance(
+    order: BlockOrder, uniform_BL: Tensor, sampling: TeacherSampling, pick: Callable[..., Tensor] = draw_from_logits
+) -> Choose:
+    """Ordinary ancestral sampling, every image from its own uniform numbers; `pick` may be a compiled twin."""
+    return lambda block, logits_BKV: pick(logits_BKV, uniform_BL[:, order.span(block)], sampling)
 
 
-def by_flow(order: BlockOrder, noise_BLC: Tensor, codebook_VC: Tensor, flow: FlowSettings) -> Choose:
+def by_flow(
+    order: BlockOrder, noise_BLC: Tensor, codebook_VC: Tensor, sampling: TeacherSampling, flow: FlowSettings
+) -> Choose:
     """The flow map: the noise of a block determines its tokens (Eq. 4)."""
-    return lambda block, log_p_BKV: flow_map(noise_BLC[:, order.span(block)], log_p_BKV, codebook_VC, flow)
+
+    def choose(block: int, logits_BKV: Tensor) -> Tensor:
+        log_p_BKV = log_probabilities(logits_BKV, sampling)
+        return flow_map(noise_BLC[:, order.span(block)], log_p_BKV, codebook_VC, flow)
+
+    return choose

@@ -61,9 +61,9 @@ def _tokens(teacher: Teacher, settings: TrajectorySettings, indices: range, devi
     key_B = image_keys("trajectories", settings.run_seed, indices)
     label_B = torch.tensor(indices) % teacher.num_classes
     noise_BLC = gaussian_noise(key_B.to(device), teacher.order.length, teacher.codebook.shape[1])
-    choose = by_flow(teacher.order, noise_BLC, teacher.codebook, settings.flow)
+    choose = by_flow(teacher.order, noise_BLC, teacher.codebook, settings.sampling, settings.flow)
     condition = Labels(label_B, teacher.num_classes).to(device)
-    token_BL = rollout(teacher, condition, settings.sampling, choose)
+    token_BL = rollout(teacher, condition, settings.sampling.guidance, choose)
     return Shard(token_BL.cpu(), label_B, key_B)
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -6,11 +8,12 @@ from distilled_decoding.condition import Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.transformer import Transformer
-from distilled_decoding.student import StudentOutput, final_sequence, pass_known
+from distilled_decoding.sampling import jump
+from distilled_decoding.student import final_sequence
 from tests.families.llamagen import reference
 from tests.families.llamagen.test_teacher import small_tokenizer
 from tests.families.llamagen.test_transformer import CAPTIONED, CONFIG, randomised
-from tests.golden import load_case
+from tests.golden import load_case, pass_known
 
 
 @pytest.fixture
@@ -48,7 +51,9 @@ def test_golden_forward(call: str):
     case.check(f"final_tokens_{call}", final.code_BLC)
     case.check(f"final_logits_{call}", final.logits_BLV)
     for split in case.config["splits"]:
-        case.check(f"final_x_{call}_split{split}", final_sequence(final, codebook_VC, student.order, split))
+        case.check(
+            f"final_x_{call}_split{split}", final_sequence(final, codebook_VC, student.order.tokens_before(split))
+        )
 
 
 def test_parameters_of_the_published_model():
@@ -90,30 +95,17 @@ def test_known_blocks_pass_through(student):
     codebook_VC = torch.randn(24, 4)
     token_BL = torch.randint(24, (3, 16))
     code_BLC = codebook.lookup(token_BL, codebook_VC)
-    known_blocks_B = torch.full((3,), 16)
-    known_BL = student.order.known_BL(known_blocks_B)
-    output = pass_known(student(code_BLC, CONDITION, known_blocks_B), code_BLC, token_BL, known_BL)
-    assert torch.equal(output.logits_BLV.softmax(-1).argmax(-1), token_BL)
-    assert torch.equal(output.logits_BLV.exp().sum(-1), torch.ones(3, 16))
     for split_block in (0, 7, 16):
-        assert torch.equal(final_sequence(output, codebook_VC, student.order, split_block), code_BLC)
+        for known in (5, 7, 16):
+            predicted_BLC = jump(student, code_BLC, CONDITION, known, codebook_VC, split_block)
+            assert torch.equal(predicted_BLC[:, :known], code_BLC[:, :known])
 
 
 @torch.no_grad()
-def test_where_nothing_is_known_predictions_pass_through(student):
-    code_BLC = torch.randn(3, 16, 4)
-    output = student(code_BLC, CONDITION, torch.zeros(3, dtype=torch.int64))
-    nothing_BL = torch.zeros(3, 16, dtype=torch.bool)
-    passed = pass_known(output, code_BLC, torch.zeros(3, 16, dtype=torch.int64), nothing_BL)
-    assert torch.equal(passed.logits_BLV, output.logits_BLV)
-    assert torch.equal(passed.code_BLC, output.code_BLC)
-
-
-@pytest.mark.parametrize("split_block", [-1, 17])
-def test_a_split_outside_the_sequence_is_refused(student, split_block: int):
-    output = StudentOutput(torch.zeros(1, 16, 24), torch.zeros(1, 16, 4))
-    with pytest.raises(ValueError, match=rf"0\.\.16, .* got {split_block}"):
-        final_sequence(output, torch.zeros(24, 4), student.order, split_block)
+def test_logits_that_are_not_numbers_give_no_code(student):
+    torch.nn.init.constant_(student.output.weight, math.nan)
+    code_BLC = jump(student, torch.randn(3, 16, 4), CONDITION, 0, torch.randn(24, 4), split_block=7)
+    assert code_BLC.isnan().all(-1).tolist() == [[True] * 7 + [False] * 9] * 3
 
 
 def test_from_teacher_is_deterministic_and_shares_nothing(teacher):

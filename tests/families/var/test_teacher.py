@@ -68,9 +68,7 @@ def step_by_step(teacher: VARTeacher, token_BL: Tensor, condition: Condition, gu
     return torch.cat(logits, dim=1)
 
 
-def greedy(
-    teacher: VARTeacher, condition: Condition, guidance: Guidance
-) -> tuple[list[Tensor], list[Tensor]]:
+def greedy(teacher: VARTeacher, condition: Condition, guidance: Guidance) -> tuple[list[Tensor], list[Tensor]]:
     """Tokens and guided logits of every scale."""
     state = teacher.start(condition, guidance)
     tokens: list[Tensor] = []

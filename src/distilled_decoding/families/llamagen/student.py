@@ -84,14 +84,18 @@ class LlamaGenStudent(Backbone):
         """One token a block, row by row."""
         return BlockOrder.raster(self.config.num_tokens)
 
-    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
+    def forward(
+        self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, num_logits: int | None = None
+    ) -> StudentOutput:
         """See `Student.__call__`."""
         class_B1D = self.cls_embedding(condition)
-        known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True)
-        x_BLD = torch.cat([class_B1D, self.tok_embeddings(code_BLC)], dim=1) + self.n_d_embed(known_BL.long())
-        hidden_BLD = self.run_layers(x_BLD, rope_table(self.config, x_BLD.device))[:, 1:]
+        known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True)[:, : 1 + code_BLC.shape[1]]
+        token_BLD = self.tok_embeddings(code_BLC.to(class_B1D.dtype))
+        x_BLD = torch.cat([class_B1D, token_BLD], dim=1) + self.n_d_embed(known_BL.long())
+        rope = rope_table(self.config, x_BLD.device)[: x_BLD.shape[1]]
+        hidden_BLD = self.run_layers(x_BLD, rope)[:, 1:]
         code_BLC = self.final_layer_conti(hidden_BLD, class_B1D).float()
-        return StudentOutput(self.logits(hidden_BLD), code_BLC)
+        return StudentOutput(self.logits(hidden_BLD[:, :num_logits]), code_BLC)
 
     def _fit_input(self, codebook_VC: Tensor, embedding_VD: Tensor) -> None:
         """Least squares for embedding_VD = codebook_VC @ weight.T + bias."""

@@ -115,7 +115,7 @@ class LlamaGenTeacher(nn.Module):
         return state
 
     def _decode(self, token_B1: Tensor, span: int, state: DecodingState) -> Tensor:
-        """Guided logits of the token behind `token_B1`, which reads the first `span` positions as far as they are run."""
+        """Guided logits of the token behind `token_B1`, which reads the first `span` positions that are run."""
         if state.guidance.is_active:
             token_B1 = token_B1.repeat(2, 1)
         x_B1D = self.transformer.tok_embeddings(token_B1)

@@ -239,9 +239,7 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def run_layers(
-        self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    def run_layers(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of consecutive positions, whose rotations are `rope`; `cache` takes their keys and values.
 
         `mask` is an `attention_mask`; without, the positions are the first, and each attends to all up to its own.

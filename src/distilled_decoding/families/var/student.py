@@ -74,22 +74,25 @@ class VARStudent(Backbone):
         """One scale a block, the teacher's."""
         return scale_order(self.config.patch_nums)
 
-    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
+    def forward(
+        self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, num_logits: int | None = None
+    ) -> StudentOutput:
         """See `Student.__call__`."""
         class_BD = self.embed_class(condition)
-        known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True).long()
-        x_BLD = torch.cat([self.start(class_BD), self.embed(code_BLC, slice(1, None))], dim=1)
+        length = 1 + code_BLC.shape[1]
+        known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True)[:, :length].long()
+        x_BLD = torch.cat([self.start(class_BD), self.embed(code_BLC, slice(1, length))], dim=1)
         # There are two embeddings, so each layer's projection is of two rows rather than of every position.
         told = [F.embedding(known_BL, project(self.n_d_embed.weight)) for project in self.layerwise_n_d_embed]
         hidden_BLD = self.run_layers(
             x_BLD + self.n_d_embed(known_BL),
             self.modulations(class_BD),
-            self.levels.attends_LL(own_block=False, device=x_BLD.device),
+            self.levels.attends_LL(own_block=False, device=x_BLD.device)[:length, :length],
             between=told[:-1],
         )
         hidden_BLD = (hidden_BLD + told[-1])[:, 1:]
         code_BLC = self.final_layer_conti(hidden_BLD, class_BD[:, None]).float()
-        return StudentOutput(self.logits(hidden_BLD, class_BD), code_BLC)
+        return StudentOutput(self.logits(hidden_BLD[:, :num_logits], class_BD), code_BLC)
 
 
 def _with_new_row(table: Tensor, dim: int, generator: torch.Generator) -> Tensor:

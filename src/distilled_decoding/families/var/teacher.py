@@ -138,9 +138,7 @@ class VARTeacher(nn.Module):
         if state.guidance.is_active:
             input_BKC = input_BKC.repeat(2, 1, 1)
         x_BKD = self.transformer.embed(input_BKC, self.order.span(block))
-        logits_BKV = self._predict(
-            x_BKD, state.class_BD, state.modulations, None, state.cache, block, state.guidance
-        )
+        logits_BKV = self._predict(x_BKD, state.class_BD, state.modulations, None, state.cache, block, state.guidance)
         return sum_BChw, logits_BKV
 
     def _predict(

@@ -193,7 +193,7 @@ class Backbone(nn.Module):
 
     def embed(self, input_BLC: Tensor, span: slice) -> Tensor:
         """The later positions `span`, [B, L, D], which read `input_BLC`."""
-        return self.word_embed(input_BLC) + self.place(span)
+        return self.word_embed(input_BLC.to(self.word_embed.weight.dtype)) + self.place(span)
 
     def place(self, span: slice) -> Tensor:
         """Position and level embedding, [1, L, D]."""
