@@ -6,14 +6,17 @@ import re
 import shutil
 import signal
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from distilled_decoding import cli, demo, zoo
+from distilled_decoding import cli, commands, demo, zoo
+from distilled_decoding.condition import Labels
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.records import environment
 from tests import tiny
@@ -151,6 +154,7 @@ def mistakes() -> list[tuple[list, str]]:
         (["sample", "MODEL", "--num", 2], "nowhere to write"),
         (["sample", "MODEL", "--grid", "g.jpg"], "g.jpg must end in .png, got '.jpg'"),
         (["sample", "MODEL", "--npz", "samples"], "samples must end in .npz"),
+        (["sample", "MODEL", "--npz", "file/s.npz"], "file/s.npz.partial: Not a directory"),
         (["sample", "MODEL", "--grid", "file/g.png"], "file"),
         (["sample", "MODEL", "--out", "file/samples"], "file/samples: Not a directory"),
         (["sample", "MODEL", "--out", "file"], "file is a file"),
@@ -229,19 +233,111 @@ def test_several_processes_are_refused(run, model: Path, monkeypatch: pytest.Mon
     assert code == 2 and "WORLD_SIZE is 2" in error
 
 
-def test_a_stopped_sample_that_keeps_nothing_does_not_claim_to_go_on(
-    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stop_after_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     images = Pipeline.images
 
-    def interrupted(*args: object) -> Iterator:
+    def interrupted(*given: object) -> Iterator:
         os.kill(os.getpid(), signal.SIGINT)
-        return images(*args)
+        yield from images(*given)
 
     monkeypatch.setattr(Pipeline, "images", interrupted)
-    for place, message in (("--grid", "stopped"), ("--out", "stopped; the same command goes on")):
-        code, _, error = run("sample", model, "--num", 20, place, tmp_path / "s.png")
-        assert code == 130 and error.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize(
+    "places",
+    [["--out", "s"], ["--npz", "s.npz"], ["--grid", "g.png"], ["--grid", "g.png", "--npz", "s.npz"]],
+    ids=" ".join,
+)
+def test_a_stopped_sample_goes_on_to_the_same_bytes(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: list[str]
+) -> None:
+    def contents() -> dict[str, bytes]:
+        files = [path for path in Path().rglob("*") if path.is_file() and path.name != "run.json"]
+        return {str(path): path.read_bytes() for path in files}
+
+    words = ["sample", model, "--num", 20, *places, "--json"]
+    for folder in "unbroken", "stopped":
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "unbroken")
+    assert json.loads(run(*words)[1])["made"] == 20
+    unbroken = contents()
+    monkeypatch.chdir(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_after_a_micro_batch(patch)
+        code, _, error = run(*words)
+    assert code == 130 and error.splitlines()[-1] == "stopped; the same command goes on"
+    assert set(contents()).isdisjoint({"s.npz", "g.png"}) and len(list(Path().rglob("*.png"))) == 8
+    assert json.loads(run(*words)[1])["made"] == 12
+    assert contents() == unbroken
+    if "--out" not in places:
+        assert set(contents()) == set(places[1::2])
+
+
+def test_a_file_begun_by_another_run_is_refused(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["sample", model, "--num", 20, "--npz", tmp_path / "s.npz"]
+    with monkeypatch.context() as patch:
+        stop_after_a_micro_batch(patch)
+        run(*words)
+    code, _, error = run(*words, "--seed", 1)
+    assert code == 2
+    assert "s.npz.partial holds another run: its seed is 0, not 1; delete it or write to another file" in error
+
+
+def test_a_file_that_is_there_is_replaced(run, model: Path, tmp_path: Path) -> None:
+    words = ["sample", model, "--num", 3, "--npz", tmp_path / "s.npz", "--seed"]
+    written = []
+    for seed in (0, 1, 0):
+        assert run(*words, seed)[0] == 0
+        written.append((tmp_path / "s.npz").read_bytes())
+    assert written[0] == written[2] != written[1]
+
+
+def test_sampling_to_a_file_holds_no_more_than_two_micro_batches(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, read, alive, most = Pipeline.images, commands.read_pngs, [0], [0]
+
+    def counted(batch: torch.Tensor) -> torch.Tensor:
+        alive[0] += 1
+        most.append(alive[0])
+        weakref.finalize(batch, lambda: alive.__setitem__(0, alive[0] - 1))
+        return batch
+
+    monkeypatch.setattr(Pipeline, "images", lambda *given: map(counted, images(*given)))
+    monkeypatch.setattr(commands, "read_pngs", lambda *given: counted(read(*given)))
+    assert run("sample", model, "--num", 80, "--npz", tmp_path / "s.npz")[0] == 0
+    assert len(most) == 1 + 2 * 10 and max(most) == 2
+
+
+def test_too_large_a_batch_is_halved_with_one_readable_line(
+    run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("sample", model, "--num", 20, "--npz", tmp_path / "whole.npz")
+    codes = Pipeline.codes
+
+    def limited(self: Pipeline, plan: object, condition: Labels, *rest: object) -> torch.Tensor:
+        if len(condition) > 4:
+            raise torch.OutOfMemoryError
+        return codes(self, plan, condition, *rest)
+
+    monkeypatch.setattr(Pipeline, "codes", limited)
+    code, _, error = run("sample", model, "--num", 20, "--npz", tmp_path / "halved.npz")
+    assert code == 0 and (tmp_path / "halved.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert [line for line in error.splitlines() if "memory" in line or "warn" in line] == [
+        "warning: 8 images do not fit in memory at once; going on with 4, the same images up to rounding"
+    ]
+
+
+def test_damaged_weights_get_one_sentence_and_no_image(run, tmp_path: Path) -> None:
+    pipe = tiny.pipeline().with_settings(split_block=0)
+    for parameter in pipe.student.parameters():
+        parameter.fill_(torch.nan)
+    pipe.save_pretrained(tmp_path / "model")
+    code, _, error = run("sample", tmp_path / "model", "--out", tmp_path / "s")
+    assert code == 2 and "error: the model's output is not finite; its weights are damaged" in error
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["run.json"]
 
 
 def test_every_field_of_json_is_documented(

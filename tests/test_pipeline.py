@@ -1,8 +1,10 @@
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,8 @@ from distilled_decoding.zoo import resolve, shipped
 from tests import tiny
 
 PIPE = tiny.pipeline()
+OUTPUTS = ("pil", "array", "tensor", "codes")
+MORE_THAN_A_BATCH = {"labels": [2, 0, 1, 1] * 3, "seeds": range(5, 17)}
 
 
 def all_images(pipe: Pipeline, num: int, steps: int | str = 1) -> torch.Tensor:
@@ -75,6 +79,7 @@ def test_call_takes_labels_and_seeds() -> None:
         ({"labels": [3]}, "label 3 is outside 0..2"),
         ({"labels": [-1]}, "label -1"),
         ({"labels": [0], "seeds": [1, 2]}, "2 seeds do not fit 1 labels"),
+        ({"labels": [0], "output": "jpeg"}, "unknown output 'jpeg'; choose one of pil, array, tensor, codes"),
         ({"labels": [0], "steps": 0}, "got 0"),
         ({"labels": [0], "steps": 5}, "got 5"),
         ({"labels": [0], "steps": "techer"}, "techer"),
@@ -89,8 +94,130 @@ def test_call_takes_labels_and_seeds() -> None:
     ],
 )
 def test_bad_calls_are_refused(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PIPE(**arguments)
+    for generate in (PIPE, PIPE.stream):
+        with pytest.raises(ValueError, match=message):
+            generate(**arguments)
+
+
+def colourful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three channels, the last beyond the range of an image."""
+    decode, factor_C11 = PIPE.teacher.decode, torch.tensor([1.0, -1.0, 50.0])[:, None, None]
+    monkeypatch.setattr(PIPE.teacher, "decode", lambda code_BLC: decode(code_BLC) * factor_C11)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_output_is_the_same_images(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if channels == 3:
+        colourful(monkeypatch)
+    pil, array, tensor, codes = (PIPE(**MORE_THAN_A_BATCH, output=output) for output in OUTPUTS)
+    assert array.images.dtype == np.uint8 and array.images.shape == (12, 8, 8, channels)
+    assert np.array_equal(np.stack([np.atleast_3d(image) for image in pil.images]), array.images)
+    assert tensor.images.dtype == torch.float32 and tensor.images.shape == (12, channels, 8, 8)
+    assert tensor.images.abs().max() <= 1 and (channels == 1 or tensor.images.max() == 1)
+    assert np.array_equal(to_uint8(tensor.images).permute(0, 2, 3, 1).numpy(), array.images)
+    assert codes.images is None
+    assert all(torch.equal(made.code_BLC, codes.code_BLC) for made in (pil, array, tensor))
+    assert torch.equal(PIPE.teacher.decode(codes.code_BLC[:8]).clamp(-1, 1), tensor.images[:8])
+
+
+def test_codes_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(type(PIPE.teacher), "decode")
+    assert PIPE([0], output="codes").code_BLC.shape == (1, 16, 4)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_stream_is_the_call_one_by_one(output: str) -> None:
+    made = PIPE(**MORE_THAN_A_BATCH, steps=2, output=output)
+    streamed = list(PIPE.stream(**MORE_THAN_A_BATCH, steps=2, output=output))
+    expected = made.code_BLC if output == "codes" else made.images
+    assert len(streamed) == 12
+    assert all(np.array_equal(one, other) for one, other in zip(streamed, expected, strict=True))
+
+
+def test_a_stream_makes_a_micro_batch_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, sizes = PIPE.teacher.decode, []
+    monkeypatch.setattr(PIPE.teacher, "decode", lambda code_BLC: (sizes.append(len(code_BLC)), decode(code_BLC))[1])
+    images = PIPE.stream(np.zeros(50_000, dtype=np.int32), range(50_000), output="array")
+    assert sizes == []
+    for expected in [8] * 8 + [16]:
+        next(images)
+        assert sum(sizes) == expected
+
+
+def test_a_callback_hears_of_every_step_of_every_micro_batch() -> None:
+    steps = []
+    PIPE(**MORE_THAN_A_BATCH, steps=2, callback=lambda step: steps.append((step.block, len(step.code_BLC))))
+    assert steps == [(0, 8), (8, 8), (0, 4), (8, 4)]
+
+
+def out_of_memory_on_a_cpu() -> None:
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+def out_of_memory_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, module: object, name: str, size: int, fail: Callable) -> None:
+    """Let a method fail above a batch size."""
+    call = getattr(module, name)
+
+    def limited(batch: torch.Tensor, *rest: object) -> object:
+        if len(batch) > size:
+            fail()
+        return call(batch, *rest)
+
+    monkeypatch.setattr(module, name, limited)
+
+
+@pytest.mark.parametrize("fail", [out_of_memory_on_a_cpu, out_of_memory_on_a_gpu])
+@pytest.mark.parametrize(("module", "name"), [(PIPE.student, "forward"), (PIPE.teacher, "decode")])
+def test_a_batch_that_does_not_fit_in_memory_is_halved(
+    module: object, name: str, fail: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, filled = PIPE(**MORE_THAN_A_BATCH, output="array").images, all_images(PIPE, 11)
+    limit(monkeypatch, module, name, 3, fail)
+    for images, expected in (
+        (lambda: PIPE(**MORE_THAN_A_BATCH, output="array").images, called),
+        (lambda: all_images(PIPE, 11), filled),
+    ):
+        with pytest.warns(UserWarning) as warned:
+            assert np.array_equal(images(), expected)
+        assert [str(warning.message) for warning in warned] == [
+            f"{old} images do not fit in memory at once; going on with {new}, the same images up to rounding"
+            for old, new in ((8, 4), (4, 2))
+        ]
+
+
+def test_what_is_halved_is_the_batch_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, PIPE.student, "forward", 2, out_of_memory_on_a_gpu)
+    with pytest.warns(UserWarning, match="5 images .* going on with 2"):
+        PIPE([0] * 5)
+
+
+def test_an_image_that_does_not_fit_in_memory_and_other_errors_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, PIPE.student, "forward", 0, out_of_memory_on_a_cpu)
+    with pytest.warns(UserWarning) as warned, pytest.raises(RuntimeError, match="can't allocate memory"):
+        PIPE([0] * 8)
+    assert len(warned) == 3
+    limit(monkeypatch, PIPE.student, "forward", 0, lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        PIPE([0] * 8)
+
+
+@pytest.mark.parametrize("output", ["pil", "codes"])
+def test_what_is_not_finite_is_refused(output: str) -> None:
+    pipe = tiny.pipeline().with_settings(split_block=0)
+    for parameter in pipe.student.parameters():
+        parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match="output is not finite; its weights are damaged, or .*: use float32"):
+        pipe([0], output=output)
+
+
+def test_a_decoder_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIPE.teacher, "decode", lambda code_BLC: torch.full((len(code_BLC), 1, 8, 8), torch.inf))
+    with pytest.raises(ValueError, match="output is not finite"):
+        next(PIPE.images(PIPE.plan(), Labels.balanced(2, 3), image_keys("sampling", 0, range(2))))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_the_demo_leaves_a_picture_and_a_table(folder: Path) -> None:
     assert "shipped student, 2 steps" in (folder / "demo" / "table.md").read_text()
 
 
-def test_python() -> None:
+def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         values: dict = {}
         exec(block, values)

@@ -2,6 +2,8 @@
 
 import json as json_format
 import os
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +57,7 @@ def sample(
     device: str = "cpu",
     json: bool = False,
 ) -> None:
-    """Generate images.
+    """Generate images; those of an unfinished --grid or --npz wait in a folder beside it, FILE.partial.
 
     Args:
         model: shipped name, folder or hub id.
@@ -258,6 +260,7 @@ COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, e
 def main() -> None:
     """Run a command: exit code 0 when done, 1 when `verify` found something, 2 on bad input, 130 when stopped."""
     console = Console(stderr=True, highlight=False)
+    warnings.showwarning = _show_warning
     try:
         _one_process()
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="distilled-decoding", sort_subcommands=False)
@@ -270,6 +273,10 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("stopped")
         raise SystemExit(130) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)  # not by the console: a progress bar would not make room
 
 
 def _one_process() -> None:

@@ -6,8 +6,9 @@ Axis letters: N images.
 import hashlib
 import json
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from distilled_decoding import trajectories, zoo
 from distilled_decoding.checkpoint import save_json, save_text
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Labels
 from distilled_decoding.cost import distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.describe import info
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, markdown_table, summary
-from distilled_decoding.export import check_suffix, read_pngs, write_npz, write_pngs
+from distilled_decoding.export import check_file, png_path, read_pngs, write_npz, write_picture, write_pngs
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
 from distilled_decoding.index import INDEX
@@ -30,9 +31,8 @@ from distilled_decoding.losses import ImageDistance
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, problems
-from distilled_decoding.progress import progress_bar, stop_signal
+from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
 from distilled_decoding.records import claim, environment, identity, record
-from distilled_decoding.sampling import Plan
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
 
@@ -61,9 +61,10 @@ def sample_images(
     Args:
         run: what to generate; image i follows from the seed, i and its label alone.
         pipeline: the model.
-        out: folder of PNGs; images found there are not made again.
-        picture: one PNG with all images, ten in a row.
-        npz: file with `arr_0` and `arr_1`.
+        out: folder of PNGs; images found there are not made again. Without it the PNGs wait in a folder beside the
+            file, `FILE.partial`, until that is complete.
+        picture: one PNG with all images, ten in a row; a file that exists is replaced.
+        npz: file with `arr_0` and `arr_1`, likewise.
 
     Returns:
         How many images were asked for and made, and the seconds it took.
@@ -74,50 +75,53 @@ def sample_images(
     """
     if run.num < 1:
         raise ValueError(f"--num must be at least 1, got {run.num}")
-    if out is None and picture is None and npz is None:
-        raise ValueError("nowhere to write: give --out FOLDER, --grid FILE or --npz FILE")
-    check_suffix(picture, ".png")
-    check_suffix(npz, ".npz")
+    folder, way_out = out, "choose another --out"
+    if folder is None:
+        file = npz or picture
+        if file is None:
+            raise ValueError("nowhere to write: give --out FOLDER, --grid FILE or --npz FILE")
+        folder, way_out = file.with_name(f"{file.name}.partial"), "delete it or write to another file"
+    check_file(picture, ".png")
+    check_file(npz, ".npz")
     pipeline.check_labels()
     labels = run.labels or tuple(range(pipeline.num_classes))
     condition = Labels.checked([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
     plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
-    if out is not None:
-        settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}
-        claim(out, "sample", settings, {"model": run.model, "device": str(pipeline.device)})
-    kept: list[Tensor] = []
-    made = 0
+    settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}
+    claim(folder, "sample", settings, {"model": run.model, "device": str(pipeline.device)}, way_out)
+    size = pipeline.config.micro_batch
+    parts = [range(first, min(first + size, run.num)) for first in range(0, run.num, size)]
+    # A micro-batch is made again as a whole, so that every image keeps its place in it: the same bits as unbroken.
+    missing = [i for part in parts if not all(png_path(folder, i).is_file() for i in part) for i in part]
+    key_N = image_keys("sampling", run.seed, missing)
+    images = pipeline.images(plan, condition[torch.tensor(missing, dtype=torch.int64)], key_N)
     begin = time.perf_counter()
-    with stop_signal(goes_on=out is not None) as stop, progress_bar("sampling", run.num) as bar:
-        for image_BCHW, found in _images(pipeline, plan, condition, run.seed, out, stop.check):
-            made += 0 if found else len(image_BCHW)
-            if picture is not None or npz is not None:
-                kept.append(image_BCHW)
-            bar.advance(len(image_BCHW))
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        grid(torch.cat(kept), columns=10).save(picture)
-    if npz is not None:
-        write_npz(npz, torch.cat(kept), condition.label_B)
-    return {"images": run.num, "made": made, "seconds": round(time.perf_counter() - begin, 3)}
+    with stop_signal() as stop, progress_bar("sampling", run.num) as bar:
+        bar.at(run.num - len(missing))
+        _write_images(folder, missing, images, bar, stop)
+
+        def written() -> Iterator[Tensor]:
+            for part in parts:
+                stop.check()
+                yield read_pngs(folder, part)
+
+        if picture is not None:
+            write_picture(picture, grid(torch.cat(list(written())), columns=10))
+        if npz is not None:
+            bar.say(f"writing {npz.name}")
+            write_npz(npz, written(), condition.label_B)
+        if out is None:
+            shutil.rmtree(folder)
+    return {"images": run.num, "made": len(missing), "seconds": round(time.perf_counter() - begin, 3)}
 
 
-def _images(
-    pipeline: Pipeline, plan: Plan, condition: Condition, seed: int, out: Path | None, check: Callable[[], None]
-) -> Iterator[tuple[Tensor, bool]]:
-    """uint8 images [B, C, H, W], a micro-batch at a time, and whether they were found in `out`."""
-    key_N = image_keys("sampling", seed, range(len(condition)))
-    for first in range(0, len(condition), pipeline.config.micro_batch):
-        check()
-        part = slice(first, min(first + pipeline.config.micro_batch, len(condition)))
-        found = None if out is None else read_pngs(out, range(part.start, part.stop))
-        if found is not None:
-            yield found, True
-            continue
-        image_BCHW = next(pipeline.images(plan, condition[part], key_N[part]))
-        if out is not None:
-            write_pngs(out, first, image_BCHW)
-        yield image_BCHW, False
+def _write_images(folder: Path, indices: list[int], images: Iterator[Tensor], bar: Bar, stop: StopSignal) -> None:
+    done = 0
+    for image_BCHW in images:
+        write_pngs(folder, indices[done : done + len(image_BCHW)], image_BCHW)
+        done += len(image_BCHW)
+        bar.advance(len(image_BCHW))
+        stop.check()
 
 
 def make_trajectories(

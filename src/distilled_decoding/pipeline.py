@@ -3,15 +3,17 @@
 Axis letters: B batch, L tokens in a sequence, C code or image channels, H W image.
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from distilled_decoding.card import model_card
@@ -29,6 +31,7 @@ from distilled_decoding.teacher import Prefix
 from distilled_decoding.zoo import resolve
 
 Steps = int | Literal["teacher", "teacher-ancestral"]
+Format = Literal["pil", "array", "tensor", "codes"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,12 @@ class Output:
     """What a pipeline call returns.
 
     Attributes:
-        images: one PIL image per label, grey or RGB.
-        code_BLC: their codes.
+        images: one per label, as asked for: a list of PIL images, grey or RGB; a uint8 array [N, H, W, C]; a float32
+            tensor [N, C, H, W] in [-1, 1] on the CPU; None where only codes were.
+        code_BLC: their codes, on the CPU.
     """
 
-    images: list[Image.Image]
+    images: Any
     code_BLC: Tensor
 
 
@@ -257,23 +261,61 @@ class Pipeline:
         self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None
     ) -> Iterator[Tensor]:
         """Images as uint8 [B, 1 or 3, H, W] on the CPU, a micro-batch at a time, so that any number fits in memory."""
-        return (image_BCHW for image_BCHW, _ in self._generate(plan, condition, key_B, callback, fill=True))
+        return (image_BCHW for image_BCHW, _ in self._generate(plan, condition, key_B, callback, _bytes, fill=True))
 
     @torch.no_grad()
     def _generate(
-        self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None, fill: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and codes, a micro-batch at a time.
+        self,
+        plan: Plan,
+        condition: Condition,
+        key_B: Tensor,
+        callback: Callback | None,
+        finish: Callable[[Tensor], Any] | None,
+        fill: bool,
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """What `finish` makes of the images, and their codes, a micro-batch at a time; without it the codes twice.
 
         With `fill` the last one is filled up and cut again, so that every image is computed at one batch size,
-        to the last bit whatever is made beside it; without, a single image costs a single image.
+        to the last bit whatever is made beside it; without, a single image costs a single image. A batch that does
+        not fit in memory is halved, and so are those after it.
         """
-        size = self.config.micro_batch
-        for index_B in torch.arange(len(condition)).split(size):
+        size, done = self.config.micro_batch, 0
+        while done < len(condition):
+            index_B = torch.arange(done, min(done + size, len(condition)))
             filled_B = torch.cat([index_B, index_B[-1:].expand(size - len(index_B) if fill else 0)])
-            code_BLC = self.codes(plan, condition[filled_B], key_B[filled_B], callback)
-            image_BCHW = to_uint8(self.teacher.decode(code_BLC)).cpu()
-            yield image_BCHW[: len(index_B)], code_BLC[: len(index_B)].cpu()
+            made = self._make(plan, condition[filled_B], key_B[filled_B], callback, finish)
+            if made is None:
+                size = self._halve(len(filled_B))
+                continue
+            done += len(index_B)
+            yield made[0][: len(index_B)], made[1][: len(index_B)]
+
+    def _make(
+        self,
+        plan: Plan,
+        condition: Condition,
+        key_B: Tensor,
+        callback: Callback | None,
+        finish: Callable[[Tensor], Any] | None,
+    ) -> tuple[Any, Tensor] | None:
+        """One batch of `_generate`, or None when there is no memory for it, but might be for half of it."""
+        try:
+            code_BLC = _finite(self.codes(plan, condition, key_B, callback))
+            made = finish(_finite(self.teacher.decode(code_BLC)).float()) if finish else code_BLC.cpu()
+        except RuntimeError as error:
+            if len(key_B) == 1 or not _is_out_of_memory(error):
+                raise
+            return None
+        return made, code_BLC.cpu()
+
+    def _halve(self, size: int) -> int:
+        # Not where the error is caught: it holds on to the tensors of the batch that failed.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = size // 2
+        message = f"{size} images do not fit in memory at once; going on with {half}, the same images up to rounding"
+        warnings.warn(message, stacklevel=2)
+        return half
 
     def __call__(
         self,
@@ -283,24 +325,76 @@ class Pipeline:
         schedule: Sequence[int] | None = None,
         teacher_span: tuple[int, int] | None = None,
         prefix: Prefix = "causal",
+        output: Format = "pil",
         callback: Callback | None = None,
     ) -> Output:
         """Generate one image per label.
 
         Args:
-            labels: a class for each image.
+            labels: a class for each image; any sequence, as for `seeds`.
             seeds: a seed for each image; by default 0, 1, 2 ...
             steps: see `plan`.
             schedule: see `plan`.
             teacher_span: see `plan`.
             prefix: see `plan`.
+            output: PIL images (`pil`), an `array`, a `tensor`, or `codes` alone, which are not decoded; see `Output`.
+            callback: hears of every step, once for each micro-batch.
+
+        Raises:
+            ValueError: no label, a label, plan or output that does not exist, or not as many seeds as labels; the
+                model's output is not finite.
+        """
+        pairs = self._pairs(labels, seeds, steps, schedule, teacher_span, prefix, output, callback)
+        images, codes = zip(*pairs, strict=True)
+        gather = _FORMATS[output][1]
+        return Output(gather(images), torch.stack(codes))
+
+    def stream(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int] | None = None,
+        steps: Steps | None = None,
+        schedule: Sequence[int] | None = None,
+        teacher_span: tuple[int, int] | None = None,
+        prefix: Prefix = "causal",
+        output: Format = "pil",
+        callback: Callback | None = None,
+    ) -> Iterator[Any]:
+        """Generate one image per label, one after the other, holding a micro-batch of them at a time.
+
+        Args:
+            labels: see `__call__`, like all others.
+            seeds: a seed for each image.
+            steps: of the plan.
+            schedule: of the plan.
+            teacher_span: of the plan.
+            prefix: of the plan.
+            output: what comes of each label: a PIL image (`pil`), an `array` [H, W, C], a `tensor` [C, H, W], or its
+                `codes` [L, C].
             callback: hears of every step.
 
         Raises:
-            ValueError: no label, a label or plan that does not exist, or not as many seeds as labels.
+            ValueError: as `__call__`, at once; at its turn, the model's output is not finite.
         """
+        pairs = self._pairs(labels, seeds, steps, schedule, teacher_span, prefix, output, callback)
+        return (image for image, _ in pairs)
+
+    def _pairs(
+        self,
+        labels: Sequence[int],
+        seeds: Sequence[int] | None,
+        steps: Steps | None,
+        schedule: Sequence[int] | None,
+        teacher_span: tuple[int, int] | None,
+        prefix: Prefix,
+        output: Format,
+        callback: Callback | None,
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Each image with its codes, one by one; everything is checked before the first."""
         self.check_labels()
         plan = self.plan(steps, schedule, teacher_span, prefix)
+        if output not in _FORMATS:
+            raise ValueError(f"unknown output {output!r}; choose one of {', '.join(_FORMATS)}")
         condition = Labels.checked(labels, self.num_classes)
         if not len(condition):
             raise ValueError("labels is empty; give one for each image")
@@ -308,8 +402,38 @@ class Pipeline:
         if len(seeds) != len(condition):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(condition)} labels; give one for each")
         key_B = torch.cat([image_keys("image", seed, [0]) for seed in seeds])
-        images, codes = zip(*self._generate(plan, condition, key_B, callback, fill=False), strict=True)
-        return Output(to_pil(torch.cat(images)), torch.cat(codes))
+        batches = self._generate(plan, condition, key_B, callback, _FORMATS[output][0], fill=False)
+        return chain.from_iterable(zip(images, codes, strict=True) for images, codes in batches)
+
+
+def _bytes(image_BCHW: Tensor) -> Tensor:
+    return to_uint8(image_BCHW).cpu()
+
+
+def _array(image_BCHW: Tensor) -> np.ndarray:
+    return _bytes(image_BCHW).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+# What becomes of a batch of decoded images, and of single ones when all are there; codes are not decoded.
+_FORMATS: dict[str, tuple[Callable[[Tensor], Any] | None, Callable[..., Any]]] = {
+    "pil": (lambda image_BCHW: to_pil(_bytes(image_BCHW)), list),
+    "array": (_array, np.stack),
+    "tensor": (lambda image_BCHW: image_BCHW.clamp(-1, 1).cpu(), torch.stack),
+    "codes": (None, lambda codes: None),
+}
+
+
+def _finite(output: Tensor) -> Tensor:
+    if not output.isfinite().all():
+        raise ValueError(
+            "the model's output is not finite; its weights are damaged, or bfloat16 or float16 overflowed: use float32"
+        )
+    return output
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out; on a CPU torch has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def problems(folder: Path) -> list[str]:

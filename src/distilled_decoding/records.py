@@ -22,7 +22,13 @@ _RECORD = "run.json"
 _NONE: Mapping[str, Any] = {}
 
 
-def claim(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[str, Any] = _NONE) -> None:
+def claim(
+    out: Path,
+    command: str,
+    settings: Mapping[str, Any],
+    notes: Mapping[str, Any] = _NONE,
+    way_out: str = "choose another --out",
+) -> None:
     """Take a folder for a run, or go on with the same run.
 
     Args:
@@ -30,6 +36,7 @@ def claim(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[s
         command: the command's name.
         settings: everything that determines the result, by content; two runs are the same when these are.
         notes: what a reader may want to know besides, such as names and paths; not compared.
+        way_out: what to advise when the folder is taken.
 
     Raises:
         ValueError: the folder holds another run, or files of another kind, or is a file.
@@ -38,9 +45,9 @@ def claim(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[s
     if record is not None:
         difference = first_difference(record["settings"], _plain(settings))
         if difference:
-            raise ValueError(f"{out} holds another run: its {difference}; choose another --out")
+            raise ValueError(f"{out} holds another run: its {difference}; {way_out}")
     elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no {_RECORD}; choose another --out")
+        raise ValueError(f"{out} is not empty and holds no {_RECORD}; {way_out}")
     else:
         _write(out, command, settings, notes)
 
