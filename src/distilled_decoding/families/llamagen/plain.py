@@ -150,9 +150,8 @@ def _rotate(x_BLHE: Tensor, rope: Tensor) -> Tensor:
 
 def _norm(x_BLD: Tensor, norm: nn.RMSNorm) -> Tensor:
     wide = x_BLD.float()
-    return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + cast(float, norm.eps))).type_as(
-        x_BLD
-    ) * norm.weight
+    scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + cast(float, norm.eps))
+    return (wide * scale).type_as(x_BLD) * norm.weight
 
 
 def _draw(logits_BV: Tensor, sampling: TeacherSampling, generator: torch.Generator) -> Tensor:
