@@ -20,7 +20,7 @@ from distilled_decoding.distill import DistillSettings
 from distilled_decoding.evaluate import EvaluationSettings, markdown_table
 from distilled_decoding.flags import flags_for, override
 from distilled_decoding.originals import Weights
-from distilled_decoding.pipeline import Pipeline, Steps
+from distilled_decoding.pipeline import DTYPES, Pipeline, Steps
 from distilled_decoding.progress import Stopped
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
@@ -28,6 +28,7 @@ from distilled_decoding.teacher import Prefix, TeacherSampling
 Model = Positional[str]
 Training: Any = flags_for(DistillSettings, own_defaults=("bf16", "compile", "seed"))
 Sampling: Any = flags_for(TeacherSampling)
+DType = Literal["float32", "bfloat16", "float16"]
 Perceptual = Literal["none", "classifier", "effnet-lite0", "lpips"]
 
 
@@ -55,6 +56,8 @@ def sample(
     grid: Path | None = None,
     npz: Path | None = None,
     device: str = "cpu",
+    dtype: DType = "float32",
+    compile: bool = False,
     json: bool = False,
 ) -> None:
     """Generate images; those of an unfinished --grid or --npz wait in a folder beside it, FILE.partial.
@@ -75,10 +78,12 @@ def sample(
         grid: .png file for one picture of all images, ten in a row.
         npz: .npz file for arr_0 (uint8 images) and arr_1 (labels), as the ADM evaluator reads them.
         device: cpu, cuda, cuda:1 ... or mps.
+        dtype: of the transformers.
+        compile: worth it for many images: the first ones take a minute or more, the others less.
         json: print one JSON object.
     """
     run = commands.SampleRun(model, labels, num, _steps(steps), schedule, teacher_span, prefix, seed)
-    pipeline = _load(model, device).with_settings(**_given({"split_block": split_block}))
+    pipeline = _load(model, device, dtype, compile).with_settings(**_given({"split_block": split_block}))
     _print(commands.sample_images(run, pipeline, out, grid, npz), json)
 
 
@@ -291,8 +296,9 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
-def _load(model: str, device: str) -> Pipeline:
-    return Pipeline.from_pretrained(model, commands.check_device(device))
+def _load(model: str, device: str, dtype: DType = "float32", compile: bool = False) -> Pipeline:
+    pipeline = Pipeline.from_pretrained(model, commands.check_device(device), DTYPES[dtype])
+    return pipeline.compiled() if compile else pipeline
 
 
 def _needed(path: Path | None, flag: str) -> Path:

@@ -5,8 +5,9 @@ Axis letters: B batch, L tokens in a sequence, C code or image channels, H W ima
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from distilled_decoding.card import model_card
 from distilled_decoding.checkpoint import fingerprint, load_json, save_json, save_text, sha256
+from distilled_decoding.compiling import compiled
 from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.convert import read_parts
 from distilled_decoding.families import family
@@ -26,9 +28,11 @@ from distilled_decoding.images import to_pil, to_uint8
 from distilled_decoding.index import INDEX, LIBRARY, PipelineConfig, match_components, match_student, match_teacher
 from distilled_decoding.noise import image_keys
 from distilled_decoding.originals import Weights
-from distilled_decoding.sampling import Callback, Plan, check_plan, sample, spread_schedule
+from distilled_decoding.sampling import Callback, Passes, Plan, check_plan, sample, spread_schedule
 from distilled_decoding.teacher import Prefix
 from distilled_decoding.zoo import resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Steps = int | Literal["teacher", "teacher-ancestral"]
 Format = Literal["pil", "array", "tensor", "codes"]
@@ -55,10 +59,18 @@ class Pipeline:
         self.teacher = teacher
         self.student = student
         self.config = config
+        self._passes = Passes()
+        self.dtype = torch.float32
+        self.is_compiled = False
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, device: str = "cpu") -> "Pipeline":
+    def from_pretrained(cls, model: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Pipeline":
         """Load a shipped name, a folder or a hub id.
+
+        Args:
+            model: the name, the folder or the id.
+            device: where the models go.
+            dtype: of the transformers; see `cast`.
 
         Raises:
             ValueError: there is no such model, or it is incomplete or damaged, or its parts do not fit together.
@@ -74,7 +86,9 @@ class Pipeline:
         if "student" in index:
             student = reader.load_student(folder).to(device).eval().requires_grad_(False)
             match_student(student, teacher, folder / "student")
-        return cls(teacher, student, config)
+        pipeline = cls(teacher, student, config)
+        pipeline.cast(dtype)
+        return pipeline
 
     @classmethod
     def from_original(
@@ -159,18 +173,55 @@ class Pipeline:
             upload(Path(temporary), repo_id, token)
         return address
 
+    def compiled(self) -> "Pipeline":
+        """The same models with every computation of sampling compiled: the same images up to rounding, made faster.
+
+        The first images of each plan and batch size take a minute or more. A compiled teacher makes one batch at a
+        time. See `compiling.compiled` for what compiling assumes.
+
+        Raises:
+            ValueError: torch is too old.
+        """
+        # The weights are shared; what is compiled takes the place of a method, in the copy alone.
+        twin = copy(self)
+        twin.teacher = copy(self.teacher)
+        compiler = partial(compiled, device=self.device)
+        twin._passes = Passes(*(compiler(getattr(self._passes, field.name)) for field in fields(Passes)))
+        twin.is_compiled = True
+        if hasattr(twin.teacher, "compile_steps"):
+            twin.teacher.compile_steps(compiler)
+        return twin
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give the weights another dtype, in place; the tokenizer stays in float32, because codes must be exact.
+
+        Raises:
+            ValueError: a dtype that is not one of `DTYPES`, or the pipeline is compiled already.
+        """
+        if self.is_compiled:
+            raise ValueError("what is compiled does not see new weights; cast first, then compile")
+        if dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+        for name in family(self.config.family).components:
+            if name != "tokenizer":
+                getattr(self.teacher, name).to(dtype)
+        if self.student is not None:
+            self.student.to(dtype)
+        self.dtype = dtype
+
     def with_settings(self, **settings: Any) -> "Pipeline":
         """The same models with other settings, fields of `PipelineConfig`.
 
         Raises:
             ValueError: settings outside their range, or that the teacher's blocks do not allow.
         """
-        config = replace(self.config, **settings)
-        match_teacher(config, self.teacher, "these settings")
-        return Pipeline(self.teacher, self.student, config)
+        twin = copy(self)
+        twin.config = replace(self.config, **settings)
+        match_teacher(twin.config, self.teacher, "these settings")
+        return twin
 
     def with_student(self, student: nn.Module, start_blocks: tuple[int, ...], split_block: int) -> "Pipeline":
-        """The same teacher with another student, which is nobody's published one."""
+        """The same teacher with another student, which is nobody's published one; not compiled."""
         config = replace(self.config, start_blocks=start_blocks, split_block=split_block, preset=None)
         return Pipeline(self.teacher, student, config)
 
@@ -255,6 +306,7 @@ class Pipeline:
             self.config.flow,
             self.config.split_block,
             callback,
+            self._passes,
         )
 
     def images(

@@ -71,6 +71,8 @@ def identity(pipeline: "Pipeline", plan: "Plan") -> dict[str, Any]:
         "sampling": asdict(config.sampling),
         "flow": asdict(config.flow),
         "micro_batch": config.micro_batch,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "compiled": pipeline.is_compiled,
     }
     if plan.schedule:
         assert pipeline.student is not None

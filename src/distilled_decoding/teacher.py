@@ -98,6 +98,10 @@ class Teacher(Protocol):
     A generation is `state = start(...)`, then for each block `next_logits(state)` and
     `state = feed(state, token)`; after the last block nothing need be fed. A state is the teacher's own, and
     is spent once it has been fed: the one that `feed` returns takes its place.
+
+    A teacher may also offer `compile_steps(compiler)`, which compiles in place what a generation calls again and
+    again. What differs from step to step must then be in tensors, or each value gets a graph of its own, and the
+    teacher carries one generation at a time.
     """
 
     @property

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 class KVCache:
     """Keys and values of the positions already run, for every layer, allocated once for a whole sequence.
 
+    Args:
+        shape: layers, B, H, P, E.
+        like: a weight of the model, whose device and dtype the cache has.
+
     Attributes:
-        keys: [layers, B, H, P, E].
+        keys: of that shape.
         values: likewise.
         length: positions run.
     """
 
-    def __init__(self, num_layers: int, num_heads: int, num_positions: int, x_BLD: Tensor) -> None:
-        shape = (num_layers, len(x_BLD), num_heads, num_positions, x_BLD.shape[2] // num_heads)
+    def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor) -> None:
         # Zeros: what is masked must still be finite.
-        self.keys, self.values = x_BLD.new_zeros(shape), x_BLD.new_zeros(shape)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.length = 0
 
     def append(self, layer: int, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +33,23 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = key_BHLE
         self.values[layer, :, :, self.length : end] = value_BHLE
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class CacheShelf:
+    """The cache of a compiled teacher: one, used again and again, because a recorded GPU graph writes where it did."""
+
+    def __init__(self) -> None:
+        self._cache: KVCache | None = None
+
+    def take(self, shape: tuple[int, int, int, int, int], like: Tensor) -> KVCache:
+        """The cache, emptied; a new one when the last was of another shape."""
+        cache = self._cache
+        if cache is None or cache.keys.shape != shape or cache.keys.dtype != like.dtype:
+            cache = self._cache = KVCache(shape, like)
+            for stored in (cache.keys, cache.values):
+                torch._dynamo.mark_static_address(stored)
+        cache.length = 0
+        return cache
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class _Generation:
         self.caches = [torch.zeros(shape, dtype=dtype, device=device).unbind() for _ in transformer.layers]
         causal_PP = torch.ones(positions, positions, dtype=torch.bool, device=device).tril()
         self.causal_BPP = causal_PP.repeat(batch, 1, 1)
-        self.rope = torch.view_as_real(rope_table(config, device))
+        self.rope = rope_table(config, device)
 
     def logits(self, x_BLD: Tensor, position_L: Tensor) -> Tensor:
         """Logits behind the positions given, float32 [B, L, V]."""

@@ -4,15 +4,17 @@ Axis letters: B batch, L positions or tokens, K tokens of a block, V codebook en
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
-from distilled_decoding.families.layers import CacheSlot, KVCache
+from distilled_decoding.families.layers import CacheShelf, CacheSlot, KVCache
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
 from distilled_decoding.families.llamagen.transformer import Transformer, attention_mask, rope_table
 from distilled_decoding.teacher import Guidance
@@ -53,8 +55,9 @@ class LlamaGenTeacher(nn.Module):
 
     def __init__(self, tokenizer: VQTokenizer, transformer: Transformer) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.transformer = transformer
+        self._take_cache: Callable[..., KVCache] = KVCache
         codes, vocab_size = len(self.codebook), transformer.config.vocab_size
         if codes != vocab_size:
             raise ValueError(f"the tokenizer has {codes} codes but the transformer predicts {vocab_size}")
@@ -83,20 +86,15 @@ class LlamaGenTeacher(nn.Module):
             raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
         if guidance.is_active:
             condition, prefix_BL = condition.with_null(), prefix_BL.repeat(2, 1)
-        x_BLD = self.transformer.embed(prefix_BL, condition)
-        length, config = x_BLD.shape[1], self.transformer.config
-        rope, attended_BP = rope_table(config, x_BLD.device), self.transformer.attended(condition)
-        mask = None
-        if attended_BP is not None:
-            mask = attention_mask(attended_BP, torch.arange(length, device=x_BLD.device), length)
+        config, like = self.transformer.config, self.transformer.norm.weight
         # The last token is never fed.
-        cache = KVCache(config.num_layers, config.num_heads, len(rope) - 1, x_BLD)
-        hidden_BLD = self.transformer.run_layers(x_BLD, rope[:length], mask, cache)
-        cache.length = length
-        scale_L = guidance.at_tokens(self.order, x_BLD.device)
-        logits_B1V = self.transformer.logits(hidden_BLD[:, -1:])
-        logits_B1V = guidance.apply(logits_B1V, scale_L[length - config.condition_tokens])
-        position_1 = torch.tensor([length], device=x_BLD.device)
+        shape = (config.num_layers, len(condition), config.num_heads, config.num_positions - 1, config.head_dim)
+        cache = self._take_cache(shape, like)
+        attended_BP = self.transformer.attended(condition)
+        rope, scale_L = rope_table(config, like.device), guidance.at_tokens(self.order, like.device)
+        logits_B1V = self._begin(prefix_BL, condition, guidance, attended_BP, rope, scale_L, cache)
+        cache.length = config.condition_tokens + prefix_BL.shape[1]
+        position_1 = torch.tensor([cache.length], device=like.device)
         return DecodingState(guidance, scale_L, rope, attended_BP, cache, position_1, logits_B1V)
 
     def next_logits(self, state: DecodingState) -> Tensor:
@@ -106,13 +104,38 @@ class LlamaGenTeacher(nn.Module):
     @torch.no_grad()
     def feed(self, state: DecodingState, token_BK: Tensor) -> DecodingState:
         """See `Teacher.feed`; the state given is itself carried on."""
-        capacity = len(state.rope) - 1
+        capacity = self.transformer.config.num_positions - 1
         assert state.cache.length < capacity
         state.cache.length += 1
         span = min(math.ceil(state.cache.length / _SPAN) * _SPAN, capacity)
         state.logits_B1V = self._decode(token_BK, span, state)
         state.position_1 = state.position_1 + 1
         return state
+
+    def compile_steps(self, compiler: Callable[..., Any]) -> None:
+        """Compile what a generation calls again and again, in place; see `Teacher`."""
+        self._decode = compiler(self._decode, few_rows=True)  # type: ignore[method-assign]
+        for name in ("_begin", "decode"):
+            setattr(self, name, compiler(getattr(self, name)))
+        self._take_cache = CacheShelf().take
+
+    def _begin(
+        self,
+        prefix_BL: Tensor,
+        condition: Condition,
+        guidance: Guidance,
+        attended_BP: Tensor | None,
+        rope: Tensor,
+        scale_L: Tensor,
+        cache: KVCache,
+    ) -> Tensor:
+        """Guided logits of the token behind a prefix."""
+        x_BLD = self.transformer.embed(prefix_BL, condition)
+        length, mask = x_BLD.shape[1], None
+        if attended_BP is not None:
+            mask = attention_mask(attended_BP, torch.arange(length, device=x_BLD.device), length)
+        hidden_BLD = self.transformer.run_layers(x_BLD, rope[:length], mask, cache)
+        return guidance.apply(self.transformer.logits(hidden_BLD[:, -1:]), scale_L[prefix_BL.shape[1]])
 
     def _decode(self, token_B1: Tensor, span: int, state: DecodingState) -> Tensor:
         """Guided logits of the token behind `token_B1`, which reads the first `span` positions that are run."""

@@ -76,6 +76,11 @@ class TransformerConfig:
         return self.caption_tokens or 1
 
     @property
+    def num_positions(self) -> int:
+        """The condition's positions and the tokens', P."""
+        return self.condition_tokens + self.num_tokens
+
+    @property
     def head_dim(self) -> int:
         """Channels of one head, E."""
         return self.dim // self.num_heads

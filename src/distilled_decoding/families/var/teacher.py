@@ -4,8 +4,10 @@ Axis letters: B batch, L positions or tokens, K tokens of one scale, V codebook 
 h w full token grid.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition
-from distilled_decoding.families.layers import KVCache
+from distilled_decoding.families.layers import CacheShelf, KVCache
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer
 from distilled_decoding.families.var.transformer import Transformer
 from distilled_decoding.teacher import Guidance
@@ -51,8 +53,9 @@ class VARTeacher(nn.Module):
 
     def __init__(self, tokenizer: MultiScaleTokenizer, transformer: Transformer) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.transformer = transformer
+        self._take_cache: Callable[..., KVCache] = KVCache
         config = transformer.config
         if tuple(self.codebook.shape) != (config.vocab_size, config.code_dim):
             raise ValueError(
@@ -101,22 +104,12 @@ class VARTeacher(nn.Module):
         if block == self.order.num_blocks:
             raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
         config = self.transformer.config
-        sums = self.tokenizer.partial_sums(lookup(prefix_BL, self.codebook))
-        input_BLC = self.tokenizer.next_inputs(sums)
-        if guidance.is_active:
-            condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
-        class_BD = self.transformer.embed_class(condition)
-        length = self.order.tokens_before(block + 1)
-        x_BLD = self.transformer.embed(input_BLC, slice(1, length))
-        x_BLD = torch.cat([self.transformer.start(class_BD), x_BLD], dim=1)
-        mask_LL = None
-        if block > 0 and masked:
-            mask_LL = self.order.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
-        cache = KVCache(config.num_layers, config.num_heads, self.order.length, x_BLD)
-        modulations = self.transformer.modulations(class_BD)
-        logits_BKV = self._predict(x_BLD, class_BD, modulations, mask_LL, cache, block, guidance)
-        cache.length = length
-        return DecodingState(guidance, class_BD, modulations, cache, sums[-1], block, logits_BKV)
+        rows = len(condition) * (2 if guidance.is_active else 1)
+        shape = (config.num_layers, rows, config.num_heads, self.order.length, config.dim // config.num_heads)
+        cache = self._take_cache(shape, self.transformer.pos_start)
+        state = self._begin(prefix_BL, condition, guidance, masked, cache, block)
+        cache.length = self.order.tokens_before(block + 1)
+        return state
 
     def next_logits(self, state: DecodingState) -> Tensor:
         """See `Teacher.next_logits`."""
@@ -129,6 +122,31 @@ class VARTeacher(nn.Module):
         state.block += 1
         state.cache.length += self.order.sizes[state.block]
         return state
+
+    def compile_steps(self, compiler: Callable[..., Any]) -> None:
+        """Compile what a generation calls again and again, in place; see `Teacher`."""
+        for name in ("_begin", "_decode", "decode"):
+            setattr(self, name, compiler(getattr(self, name)))
+        self._take_cache = CacheShelf().take
+
+    def _begin(
+        self, prefix_BL: Tensor, condition: Condition, guidance: Guidance, masked: bool, cache: KVCache, block: int
+    ) -> DecodingState:
+        """The state in front of `block`, which follows a prefix."""
+        sums = self.tokenizer.partial_sums(lookup(prefix_BL, self.codebook))
+        input_BLC = self.tokenizer.next_inputs(sums)
+        if guidance.is_active:
+            condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
+        class_BD = self.transformer.embed_class(condition)
+        length = self.order.tokens_before(block + 1)
+        x_BLD = self.transformer.embed(input_BLC, slice(1, length))
+        x_BLD = torch.cat([self.transformer.start(class_BD), x_BLD], dim=1)
+        mask_LL = None
+        if block > 0 and masked:
+            mask_LL = self.order.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
+        modulations = self.transformer.modulations(class_BD)
+        logits_BKV = self._predict(x_BLD, class_BD, modulations, mask_LL, cache, block, guidance)
+        return DecodingState(guidance, class_BD, modulations, cache, sums[-1], block, logits_BKV)
 
     def _decode(self, token_BK: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         """The sum of features with the scale `token_BK`, and guided logits of the scale behind it."""

@@ -1,0 +1,42 @@
+"""How the computations of sampling are compiled: for inference, one graph for each shape, weights as constants."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Products with a row or two want other kernels than the usual; which is best is timed once for each shape.
+_FEW_ROWS = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+# The host is slower than the device at small batches; a recorded graph needs it once a step.
+_GPU = {"triton.cudagraphs": True}
+_QUIET = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+# Scales, schedules, spans of a cache and batch sizes: each has a graph of its own.
+_MOST_GRAPHS = 64
+
+
+def compiled(function: Callable[..., Any], device: torch.device, few_rows: bool = False) -> Callable[..., Any]:
+    """A function compiled for inference; its first call with new shapes takes a minute.
+
+    Weights are read once: later changes to them go unnoticed. On a CPU this switches torch's `freezing` on for the
+    process, which concerns what is compiled and run without gradients.
+
+    Args:
+        function: takes tensors and whatever else determines its graph.
+        device: of the tensors.
+        few_rows: whether its products have a row or two, as when a teacher samples one token.
+
+    Raises:
+        ValueError: torch is too old.
+    """
+    if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+        raise ValueError(f"compiling needs torch 2.13 or newer, this is {torch.__version__}")
+    options: dict[str, Any] = _QUIET | (_FEW_ROWS if few_rows else {})
+    if device.type != "cpu":
+        options |= _GPU
+    else:
+        torch._inductor.config.freezing = True
+    # Asking each of hundreds of weights whether it is still the same takes a tenth of a small model's time.
+    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(  # type: ignore[call-overload]
+        function, dynamic=False, options=options, recompile_limit=_MOST_GRAPHS, isolate_recompiles=True
+    )
