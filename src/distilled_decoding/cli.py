@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from tyro.conf import Positional
 
 from distilled_decoding import commands, describe
+from distilled_decoding.bench import BenchSettings, bench_table
+from distilled_decoding.bench import bench as run_bench
 from distilled_decoding.demo import demo_table, run_demo
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.evaluate import EvaluationSettings, markdown_table
@@ -241,6 +243,43 @@ def evaluate(
     _print(summary, json, markdown_table(summary))
 
 
+def bench(
+    model: Positional[str | None] = None,
+    out: Path = Path("bench"),
+    preset: str | None = None,
+    random_weights: bool = False,
+    batches: tuple[int, ...] = BenchSettings.batches,
+    repeats: int = BenchSettings.repeats,
+    seconds: float = BenchSettings.seconds,
+    device: str = "cpu",
+    dtype: DType = "float32",
+    json: bool = False,
+) -> None:
+    """Measure speed: the teacher as published, ours, ours compiled; the student in one and two steps.
+
+    Args:
+        model: shipped name, folder or hub id.
+        out: folder of bench.json, bench.md and bench.png.
+        preset: instead of a model, the name of a published one (var-d16, llamagen-b ...), with --random-weights.
+        random_weights: full published sizes, weights drawn at random: speed does not need trained ones.
+        batches: images at once; latency is that of the first, throughput the best of all.
+        repeats: timed runs of each way at each batch.
+        seconds: a way whose run takes longer is not tried at the next batch.
+        device: cpu, cuda, cuda:1 ... or mps.
+        dtype: of the transformers.
+        json: print one JSON object.
+    """
+    settings, device = BenchSettings(batches, repeats, seconds), commands.check_device(device)
+    if (model is None) == (preset is None) or (preset is None) == random_weights:
+        raise ValueError("give a MODEL, or --preset NAME with --random-weights")
+    if preset is not None:
+        pipeline = describe.random_weights(preset, device, DTYPES[dtype])
+    else:
+        pipeline = Pipeline.from_pretrained(str(model), device, DTYPES[dtype])
+    summary = run_bench(pipeline, f"{preset}, random weights" if preset else str(model), out, settings)
+    _print(summary, json, bench_table(summary))
+
+
 def demo(
     model: str = "fashion-llamagen",
     out: Path = Path("demo"),
@@ -259,7 +298,7 @@ def demo(
     _print(summary, json, demo_table(summary))
 
 
-COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, convert, verify)}
+COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, bench, convert, verify)}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distilled_decoding.families import family
 from distilled_decoding.index import PipelineConfig
@@ -28,6 +29,35 @@ def skeleton(model: str) -> Pipeline:
         student = None if own.student is None else maker.kinds("student")[0](own.student)
     parts.pop("student", None)
     return Pipeline(maker.teacher(**parts), student, own.config)
+
+
+def random_weights(name: str, device: str, dtype: torch.dtype) -> Pipeline:
+    """A published model with random weights: of its full size, good for nothing but to measure speed.
+
+    Args:
+        name: of a preset whose student has known sizes.
+        device: where the models go.
+        dtype: see `Pipeline.cast`.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    preset(name)
+    pipeline, generator = skeleton(name), torch.Generator().manual_seed(0)
+    parts = [pipeline.teacher] if pipeline.student is None else [pipeline.teacher, pipeline.student]
+    for module in (module for part in parts for module in part.to_empty(device="cpu").modules()):
+        is_norm = isinstance(module, nn.RMSNorm | nn.GroupNorm | nn.LayerNorm)
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if is_norm:
+                nn.init.constant_(tensor, float(own == "weight"))
+            else:
+                nn.init.normal_(tensor, std=0.02, generator=generator)
+    for part in parts:
+        part.eval().requires_grad_(False)
+    pipeline.cast(dtype)
+    for part in parts:
+        part.to(device)
+    return pipeline
 
 
 def info(pipeline: Pipeline) -> dict[str, Any]:

@@ -355,7 +355,7 @@ class Pipeline:
             code_BLC = _finite(self.codes(plan, condition, key_B, callback))
             made = finish(_finite(self.teacher.decode(code_BLC)).float()) if finish else code_BLC.cpu()
         except RuntimeError as error:
-            if len(key_B) == 1 or not _is_out_of_memory(error):
+            if len(key_B) == 1 or not is_out_of_memory(error):
                 raise
             return None
         return made, code_BLC.cpu()
@@ -483,7 +483,7 @@ def _finite(output: Tensor) -> Tensor:
     return output
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether memory ran out; on a CPU torch has no exception of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

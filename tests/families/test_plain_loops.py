@@ -65,7 +65,7 @@ GREEDY = [
 @pytest.mark.parametrize("only_one", [{"top_k": 1}, {"top_p": 0.0}], ids=["top-k", "top-p"])
 def test_greedy_tokens_are_those_of_our_own_loop(family: str, settings: dict, only_one: dict) -> None:
     teacher, greedy = TEACHERS[family], sampling(family, **settings, **only_one)
-    expected_BL = rollout(teacher, LABELS, greedy, best)
+    expected_BL = rollout(teacher, LABELS, greedy.guidance, best)
     assert torch.equal(run(family, LABELS, greedy), lookup(expected_BL, teacher.codebook))
 
 
@@ -98,7 +98,7 @@ def test_vars_variants_are_sampled_too(change: dict) -> None:
     torch.manual_seed(0)
     teacher = VARTeacher(var_tokenizer(), randomised(VARTransformer(replace(CONFIG, **change))))
     condition, greedy = Labels.checked([4, 0, 2], 5), sampling("var", top_k=1)
-    expected_BL = rollout(teacher, condition, greedy, best)
+    expected_BL = rollout(teacher, condition, greedy.guidance, best)
     assert torch.equal(run("var", condition, greedy, teacher=teacher), lookup(expected_BL, teacher.codebook))
 
 

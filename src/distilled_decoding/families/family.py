@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distilled_decoding.checkpoint import load_component, load_config, save_component
 from distilled_decoding.families.published import PublishedNames
@@ -28,6 +29,8 @@ class Family:
         student: a `Student` with a class method `from_teacher(teacher, seed)`; its config has `vocab_size` and
             `code_dim`.
         published: how files that others published are read; None when there are none.
+        plain_loop: samples as the published code does, codes from (teacher, condition, sampling, generator): what
+            speed is compared with; None when there is none.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Family:
     teacher: Callable[..., Any]
     student: Component
     published: PublishedNames | None = None
+    plain_loop: Callable[..., Tensor] | None = None
 
     def class_names(self, student: bool) -> dict[str, str]:
         """The class of every component by its name, with the student's or without."""

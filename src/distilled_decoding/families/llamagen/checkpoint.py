@@ -3,6 +3,7 @@
 from typing import Any
 
 from distilled_decoding.families.family import Family
+from distilled_decoding.families.llamagen.plain import plain_loop
 from distilled_decoding.families.llamagen.student import LlamaGenStudent, StudentConfig
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
@@ -69,4 +70,5 @@ FAMILY = Family(
     teacher=LlamaGenTeacher,
     student=(LlamaGenStudent, StudentConfig),
     published=PublishedNames(component, sizes, lambda name, config: Origin(name)),
+    plain_loop=plain_loop,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from distilled_decoding.families.family import Family
 from distilled_decoding.families.published import Origin, Published, PublishedNames
+from distilled_decoding.families.var.plain import plain_loop
 from distilled_decoding.families.var.student import StudentConfig, VARStudent
 from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer, TokenizerConfig
@@ -99,4 +100,5 @@ FAMILY = Family(
     teacher=VARTeacher,
     student=(VARStudent, StudentConfig),
     published=PublishedNames(component, sizes, origin),
+    plain_loop=plain_loop,
 )
