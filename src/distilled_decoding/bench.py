@@ -30,6 +30,9 @@ from distilled_decoding.progress import Bar, progress_bar, stop_signal
 from distilled_decoding.records import environment, record
 from distilled_decoding.sampling import Step
 
+# A turn repeats short runs until this many seconds have passed: a generator that works is warm.
+_TURN = 0.2
+
 PLAIN, TEACHER, FORWARD = "teacher, plain loop", "teacher, compiled", "teacher, compiled, forward passes alone"
 _STEPS: dict[str, Steps] = {"teacher": "teacher-ancestral", "1 step": 1, "2 steps": 2}
 
@@ -40,7 +43,7 @@ class BenchSettings:
 
     Attributes:
         batches: images at once, ascending; latency is that of the first, throughput the best of all.
-        repeats: timed runs of each way at each batch.
+        repeats: turns of each way at each batch; a short way runs several times in its turn.
         seconds: a way is not tried at the next batch when one run of it takes longer than this.
 
     Raises:
@@ -232,9 +235,14 @@ def _measure(
         check()
     for repeat, way in product(range(settings.repeats), active):
         bar.say(f"batch {batch}, run {repeat + 1}: {way.name}")
-        codes, images = _run(way, inputs, pipeline.device)
-        timings[way.name][-1].codes.append(codes)
-        timings[way.name][-1].images.extend([] if images is None else [images])
+        gc.collect()
+        begin = perf_counter()
+        while True:
+            codes, images = _run(way, inputs, pipeline.device)
+            timings[way.name][-1].codes.append(codes)
+            timings[way.name][-1].images.extend([] if images is None else [images])
+            if perf_counter() - begin > _TURN:
+                break
         bar.advance(1)
         check()
 
@@ -242,7 +250,6 @@ def _measure(
 @torch.no_grad()
 def _run(way: Way, inputs: tuple[Condition, Tensor], device: torch.device) -> tuple[float, float | None]:
     """Seconds to the codes, and to the images."""
-    gc.collect()
     _synchronize(device)
     begin = perf_counter()
     code_BLC = way.codes(*inputs)
@@ -333,7 +340,7 @@ def bench_table(summary: dict[str, Any]) -> str:
     left_out = f" No plain loop: {summary['left_out']}." if summary["left_out"] else ""
     note = (
         f"\n`{summary['model']}`, {summary['tokens']} tokens, {summary['dtype']}, {where}, torch {versions['torch']}. "
-        f"Milliseconds at batch {batch}, medians of {summary['repeats']} runs that took turns; ratios are of times to "
+        f"Milliseconds at batch {batch}, medians over {summary['repeats']} turns; ratios are of times to "
         "images, in brackets of times to codes; memory is the most held, weights of teacher and student included."
         f"{left_out}\n"
     )

@@ -22,7 +22,6 @@ from distilled_decoding.teacher import (
     TeacherSampling,
     by_chance,
     by_flow,
-    draw_from_logits,
     rollout,
 )
 
@@ -134,13 +133,11 @@ class Passes:
     Attributes:
         noise: see `gaussian_noise`.
         uniform: see `uniform`.
-        draw: see `draw_from_logits`.
         jump: see `jump`.
     """
 
     noise: Callable[..., Tensor] = gaussian_noise
     uniform: Callable[..., Tensor] = uniform
-    draw: Callable[..., Tensor] = draw_from_logits
     jump: Callable[..., Tensor] = jump
 
 
@@ -182,7 +179,7 @@ def sample(
     order, codebook_VC = teacher.order, teacher.codebook
     code_BLC = passes.noise(key_B, order.length, codebook_VC.shape[1])
     if plan.ancestral:
-        choose = by_chance(order, passes.uniform(key_B, order.length, 1), sampling, passes.draw)
+        choose = by_chance(order, passes.uniform(key_B, order.length, 1), sampling)
     else:
         choose = by_flow(order, code_BLC, codebook_VC, sampling, flow)
 

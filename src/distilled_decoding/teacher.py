@@ -228,11 +228,6 @@ def draw(log_p_BKV: Tensor, uniform_BK: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_BKV, target_BK1).squeeze(-1).clamp(max=log_p_BKV.shape[-1] - 1)
 
 
-def draw_from_logits(logits_BKV: Tensor, uniform_BK: Tensor, sampling: TeacherSampling) -> Tensor:
-    """Tokens [B, K] drawn from the teacher's distribution."""
-    return draw(log_probabilities(logits_BKV, sampling), uniform_BK)
-
-
 Choose = Callable[[int, Tensor], Tensor]
 """Picks the tokens [B, K] of a block (its index first) from the teacher's guided logits [B, K, V]."""
 
@@ -283,11 +278,9 @@ def rollout(
     return torch.cat(tokens, 1)
 
 
-def by_chance(
-    order: BlockOrder, uniform_BL: Tensor, sampling: TeacherSampling, pick: Callable[..., Tensor] = draw_from_logits
-) -> Choose:
-    """Ordinary ancestral sampling, every image from its own uniform numbers; `pick` may be a compiled twin."""
-    return lambda block, logits_BKV: pick(logits_BKV, uniform_BL[:, order.span(block)], sampling)
+def by_chance(order: BlockOrder, uniform_BL: Tensor, sampling: TeacherSampling) -> Choose:
+    """Ordinary ancestral sampling, every image from its own uniform numbers."""
+    return lambda block, logits_BKV: draw(log_probabilities(logits_BKV, sampling), uniform_BL[:, order.span(block)])
 
 
 def by_flow(

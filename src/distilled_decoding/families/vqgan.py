@@ -2,7 +2,7 @@
 
 Parameter names are those of LlamaGen's published files.
 
-Axis letters: B batch, C channels, H W resolution at hand; of the code map, h w.
+Axis letters: B batch, C channels, H W resolution at hand, N its positions; of the code map, h w.
 """
 
 from itertools import pairwise
@@ -73,10 +73,15 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        h_BCHW = self.norm(x_BCHW)
-        q, k, v = (layer(h_BCHW).flatten(2).mT.unsqueeze(1) for layer in (self.q, self.k, self.v))
-        h_BCHW = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape(x_BCHW.shape)
-        return x_BCHW + self.proj_out(h_BCHW)
+        h_B1NC = self.norm(x_BCHW).flatten(2).mT.unsqueeze(1)
+        query, key, value = (_at_positions(h_B1NC, layer) for layer in (self.q, self.k, self.v))
+        h_B1NC = _at_positions(F.scaled_dot_product_attention(query, key, value), self.proj_out)
+        return x_BCHW + h_B1NC.squeeze(1).mT.unflatten(2, x_BCHW.shape[2:])
+
+
+def _at_positions(h_B1NC: Tensor, layer: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution of N positions, which as a matrix product takes half the time."""
+    return F.linear(h_B1NC, layer.weight.flatten(1), layer.bias)
 
 
 def _middle(channels: int) -> nn.ModuleList:
