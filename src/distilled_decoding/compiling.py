@@ -12,19 +12,24 @@ _CPU = {"cpp_wrapper": True, "cpp.enable_concat_linear": True}
 # The host is slower than the device at small batches; a recorded graph needs it once a step.
 _GPU = {"triton.cudagraphs": True}
 _QUIET = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+# Every graph holds its own copy of frozen weights, packed for its shapes, which only small models can afford.
+_MOST_FROZEN = 50_000_000
 # Scales, schedules, spans of a cache and batch sizes: each has a graph of its own.
 _MOST_GRAPHS = 64
 
 
-def compiled(function: Callable[..., Any], device: torch.device, few_rows: bool = False) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], device: torch.device, num_parameters: int, few_rows: bool = False
+) -> Callable[..., Any]:
     """A function compiled for inference; its first call with new shapes takes a minute.
 
-    Weights are read once: later changes to them go unnoticed. On a CPU this switches torch's `freezing` on for the
-    process, which concerns what is compiled and run without gradients.
+    Weights may be read once: later changes to them go unnoticed. For a small model on a CPU this switches torch's
+    `freezing` on in the process, which concerns what is compiled and run without gradients.
 
     Args:
         function: takes tensors and whatever else determines its graph.
         device: of the tensors.
+        num_parameters: of the models behind the function.
         few_rows: whether its products have a row or two, as when a teacher samples one token.
 
     Raises:
@@ -35,7 +40,7 @@ def compiled(function: Callable[..., Any], device: torch.device, few_rows: bool 
     options: dict[str, Any] = _QUIET | (_FEW_ROWS if few_rows else {})
     options |= _CPU if device.type == "cpu" else _GPU
     if device.type == "cpu":
-        torch._inductor.config.freezing = True
+        torch._inductor.config.freezing = num_parameters < _MOST_FROZEN
     # Asking each of hundreds of weights whether it is still the same takes a tenth of a small model's time.
     options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     return torch.compile(  # type: ignore[call-overload]

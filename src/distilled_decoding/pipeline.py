@@ -185,7 +185,9 @@ class Pipeline:
         # The weights are shared; what is compiled takes the place of a method, in the copy alone.
         twin = copy(self)
         twin.teacher = copy(self.teacher)
-        compiler = partial(compiled, device=self.device)
+        models = [self.teacher] if self.student is None else [self.teacher, self.student]
+        num_parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
+        compiler = partial(compiled, device=self.device, num_parameters=num_parameters)
         twin._passes = Passes(*(compiler(getattr(self._passes, field.name)) for field in fields(Passes)))
         twin.is_compiled = True
         if hasattr(twin.teacher, "compile_steps"):
