@@ -346,6 +346,7 @@ def test_every_field_of_json_is_documented(
     classifier, reference = tiny.classifier()
     monkeypatch.setattr(zoo, "classifier", lambda: classifier)
     monkeypatch.setattr(zoo, "real_images", lambda: reference)
+    monkeypatch.setattr("distilled_decoding.pipeline.compiled", lambda function, **_: function)
     monkeypatch.setattr(demo, "FAST", demo.DemoSize(trajectories=8, updates=1, samples=6))
     words = {
         "info": [model],
@@ -354,6 +355,7 @@ def test_every_field_of_json_is_documented(
         "distill": [model, "--trajectories", made, "--num-updates", 1, "--batch-size", 2, "--out", tmp_path / "d"],
         "evaluate": [model, "--num", 6, "--seeds", 0, 1, "--methods", "teacher", 1, "--out", tmp_path / "e"],
         "demo": ["--model", model, "--fast", "--out", tmp_path / "demo"],
+        "bench": [model, "--batches", 1, "--repeats", 1, "--out", tmp_path / "b"],
         "convert": [*VAR, "--out", tmp_path / "c"],
         "verify": [made],
         "trajectories --plan": [model, "--num", 8],
@@ -370,9 +372,10 @@ def test_every_field_of_json_is_documented(
     documented["distill --plan"] |= documented["trajectories --plan"] - {"micro_batch"}
     documented["evaluate"] |= place
     documented["demo"] |= place
+    documented["bench"] |= place
     for name in words:
         assert printed[name] == documented[name], name
-    for folder in "s", "t", "d", "e", "demo":
+    for folder in "s", "t", "d", "e", "b", "demo":
         record = json.loads((tmp_path / folder / "run.json").read_text())
         assert fields({**record, "settings": 0, "notes": 0}) == documented["run.json"]
 

@@ -16,6 +16,7 @@ SMALL = {
     "trajectories": {"--num": 16, "--micro-batch": 16, "--shard-size": 16},
     "distill": {"--num-updates": 2, "--batch-size": 4},
     "evaluate": {"--num": 20, "--seeds": 0},
+    "bench": {"--batches": 1, "--repeats": 1},
 }
 
 
@@ -42,6 +43,7 @@ def test_commands(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     words = [*words, "--fast"] if words[0] == "demo" else small(words)
     if words[0] == "demo":
         monkeypatch.setattr(demo, "FAST", demo.DemoSize(trajectories=16, updates=2, samples=20))
+    monkeypatch.setattr("distilled_decoding.pipeline.compiled", lambda function, **_: function)
     monkeypatch.setattr(sys, "argv", ["distilled-decoding", *words])
     cli.main()
 

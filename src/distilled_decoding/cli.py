@@ -305,6 +305,8 @@ def main() -> None:
     """Run a command: exit code 0 when done, 1 when `verify` found something, 2 on bad input, 130 when stopped."""
     console = Console(stderr=True, highlight=False)
     warnings.showwarning = _show_warning
+    # What torch tells its own developers while it compiles is of no use here.
+    warnings.filterwarnings("ignore", module=r"torch\.")
     try:
         _one_process()
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="distilled-decoding", sort_subcommands=False)
