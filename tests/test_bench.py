@@ -44,7 +44,9 @@ def test_every_way_is_measured_at_every_batch(family: str, tmp_path: Path) -> No
     for name, row in rows.items():
         assert [(run["batch"], len(run["codes"])) for run in row["runs"]] == [(1, 2), (3, 2)]
         assert (row["images_ms"] is None) == (name == FORWARD)
-        assert all(image > codes for run in row["runs"] for codes, image in zip(run["codes"], run["images"], strict=False))
+        assert all(
+            image > codes for run in row["runs"] for codes, image in zip(run["codes"], run["images"], strict=False)
+        )
     assert rows[PLAIN]["speed_up"]["plain_loop"] == {"codes": 1.0, "images": 1.0}
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(summary))
     assert (tmp_path / "bench.md").read_text() == bench_table(summary)

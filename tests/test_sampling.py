@@ -4,7 +4,7 @@ import torch
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Labels
 from distilled_decoding.noise import gaussian_noise, image_keys
-from distilled_decoding.sampling import Plan, check_plan, sample, spread_schedule
+from distilled_decoding.sampling import Passes, Plan, check_plan, jump, sample, spread_schedule
 from distilled_decoding.teacher import by_flow, rollout
 from tests import tiny
 
@@ -48,6 +48,30 @@ def test_known_blocks_pass_through_unchanged() -> None:
     codes(Plan((0, 4, 12)), lambda step: states.append(step.code_BLC))
     assert torch.equal(states[1][:, :4], states[0][:, :4])
     assert torch.equal(states[2][:, :12], states[1][:, :12])
+
+
+def test_a_step_predicts_only_what_no_later_step_predicts_again() -> None:
+    """Of two steps the first runs on the blocks before the second, which sees the same as after a whole first step."""
+    lengths = []
+
+    def watched(student, x_BLC, *others):
+        lengths.append(x_BLC.shape[1])
+        return jump(student, x_BLC, *others)
+
+    models = (PIPE.teacher, PIPE.student, CONDITION, KEY_B, tiny.SAMPLING, tiny.FLOW, PIPE.config.split_block)
+    both_BLC = sample(Plan((0, 4, 12)), *models, passes=Passes(jump=watched))
+    assert lengths == [4, 12, 16]
+    lengths.clear()
+    sample(Plan((0, 8), teacher_span=(4, 8)), *models, passes=Passes(jump=watched))
+    assert lengths == [4, 16]
+
+    codebook_VC, x_BLC = PIPE.teacher.codebook, gaussian_noise(KEY_B, 16, 4)
+    with torch.no_grad():
+        for known in (0, 4, 12):
+            whole_BLC = jump(PIPE.student, x_BLC, CONDITION, known, codebook_VC, PIPE.config.split_block)
+            end = {0: 4, 4: 12, 12: 16}[known]
+            x_BLC = torch.cat([whole_BLC[:, :end], x_BLC[:, end:]], 1)
+    torch.testing.assert_close(both_BLC, x_BLC)
 
 
 def test_ancestral_draws_depend_on_the_key_alone() -> None:

@@ -113,6 +113,16 @@ def test_two_tokens_are_distributed_as_the_teacher_says(how: str) -> None:
     assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("how", ["flow", "chance"])
+def test_logits_that_are_not_numbers_are_an_error(how: str) -> None:
+    teacher, key_B = tiny.teacher(), image_keys("sampling", 0, range(2))
+    torch.nn.init.constant_(teacher.transformer.output.weight, torch.nan)
+    flow = by_flow(teacher.order, gaussian_noise(key_B, 16, 4), teacher.codebook, tiny.SAMPLING, tiny.FLOW)
+    choose = flow if how == "flow" else by_chance(teacher.order, uniform(key_B, 16, 1), tiny.SAMPLING)
+    with pytest.raises(ValueError, match="nan|not numbers"):
+        rollout(teacher, Labels.balanced(2, 3), tiny.SAMPLING.guidance, choose)
+
+
 def test_a_prefix_is_kept_and_continued() -> None:
     teacher, condition = tiny.teacher(), Labels.balanced(4, 3)
     noise_BLC = gaussian_noise(image_keys("sampling", 0, range(4)), 16, 4)

@@ -121,6 +121,16 @@ def test_cached_decoding_equals_one_forced_pass(teacher, condition, guidance: Gu
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("span", [1, 5, 16, 64])
+def test_how_much_of_the_cache_is_read_at_once_changes_nothing(
+    teacher, condition, span: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("distilled_decoding.families.llamagen.teacher._SPAN", span)
+    token_BL, logits_BLV = greedy(teacher, condition, GUIDED)
+    torch.testing.assert_close(logits_BLV, teacher.forced_logits(token_BL, condition, GUIDED))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("guidance", [Guidance(), GUIDED])
 def test_starting_from_a_prefix_equals_feeding_it(teacher, token_BL, condition, guidance: Guidance):
     def fed(state: DecodingState, start: int, stop: int) -> DecodingState:
