@@ -9,12 +9,14 @@ than sampling. Weights are random, of full published size.
 Axis letters: B batch, L tokens, K tokens of a block, V codebook entries, C code channels.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
 
 import torch
 import tyro
+from torch import Tensor
 
 from distilled_decoding.condition import Labels
 from distilled_decoding.describe import random_weights
@@ -43,7 +45,7 @@ def main(preset: str, batch: int = 64, blocks: int = 4, repeats: int = 3, num_st
     flowing = by_flow(order, noise_BLC, teacher.codebook, config.sampling, flow)
     token_BL = torch.zeros(batch, order.length, dtype=torch.int64)
 
-    def seconds(function) -> float:  # noqa: ANN001
+    def seconds(function: Callable[[], Tensor]) -> float:
         begin = perf_counter()
         function()
         return perf_counter() - begin
@@ -56,13 +58,14 @@ def main(preset: str, batch: int = 64, blocks: int = 4, repeats: int = 3, num_st
         times: list[list[float]] = [[], [], []]
         for _ in range(repeats + 1):
             state = teacher.start(condition, guidance, token_BL[:, :before])
-            times[0].append(seconds(lambda: teacher.feed(state, token_BL[:, order.span(block)])))  # noqa: B023
+            begin = perf_counter()
+            state = teacher.feed(state, token_BL[:, order.span(block)])
+            times[0].append(perf_counter() - begin)
             logits_BKV = teacher.next_logits(state)
             times[1].append(seconds(lambda: chance(block + 1, logits_BKV)))  # noqa: B023
             times[2].append(seconds(lambda: flowing(block + 1, logits_BKV)))  # noqa: B023
         forward, draw, mapped = (median(runs[1:]) for runs in times)
-        weight = (order.num_blocks - 1) / blocks
-        totals = [totals[0] + weight * (forward + draw), totals[1] + weight * (mapped - draw)]
+        totals = [totals[0] + forward + draw, totals[1] + mapped - draw]
         row = f"{forward + draw:.3f} | {mapped - draw:.3f} | {(mapped - draw) / (forward + draw):.1%}"
         print(f"| {block + 1} | {order.sizes[block + 1]} | {row} |", flush=True)
     print(f"\n{preset}, batch {batch}, {flow}, {config.sampling}")

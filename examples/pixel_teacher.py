@@ -81,7 +81,7 @@ class Network(nn.Module):
     def predict(self, code_BLC: Tensor, known_BL: Tensor, condition: Condition, own_block: bool) -> StudentOutput:
         """Logits and codes, of the first rows or of all."""
         length = code_BLC.shape[1]
-        x_BLD = self.code_in(code_BLC) + self.known(known_BL.long())
+        x_BLD = self.code_in(code_BLC.to(self.code_in.weight.dtype)) + self.known(known_BL.long())
         x_BLD = x_BLD + self.place.weight[:length] + self.label(Labels.require(condition).label_B)[:, None]
         sees_LL = self.order.attends_LL(own_block, x_BLD.device)[:length, :length]
         for layer in self.layers:

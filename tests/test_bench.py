@@ -100,10 +100,8 @@ def test_passes_are_counted_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_random_weights_make_finite_images_of_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = tiny.pipeline()
-    preset = type("Preset", (), {"config": small.config})
-    monkeypatch.setattr("distilled_decoding.describe.preset", lambda name: preset)
-    monkeypatch.setattr("distilled_decoding.describe.skeleton", lambda name: tiny.pipeline())
+    monkeypatch.setattr("distilled_decoding.describe.preset", lambda name: None)
+    monkeypatch.setattr("distilled_decoding.describe._without_weights", lambda own: tiny.pipeline())
     model = random_weights("tiny", "cpu", torch.bfloat16)
     assert model.teacher.transformer.output.weight.dtype == torch.bfloat16
     assert model.teacher.codebook.dtype == torch.float32

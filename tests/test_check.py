@@ -547,7 +547,7 @@ BROKEN_STUDENTS = {
     DeafToItself: "must see the input at the token it predicts, but token 0 does not",
     SeesItselfOnly: "must see the earlier blocks, but no later prediction sees token 0",
     NeverToldWhatIsKnown: "must read known_blocks_B",
-    ReadsWholeSequences: r"the logits of \d+ leading tokens must be torch.float32 \[2, \d+",
+    ReadsWholeSequences: r"the code of \d+ leading tokens must be torch.float32 \[2, \d+",
     CountsItsTokens: r"must predict \d+ leading tokens as it does among all, but its logits change",
     NeverToldTheClass: "must read its condition",
     MixesStudents: "must not depend on the others in its batch, .* the logits of the first change",

@@ -24,6 +24,33 @@ def test_compiled_images_are_those_of_the_plain_code(family: str) -> None:
     torch.testing.assert_close(fast.teacher.decode(expected_BLC), plain.teacher.decode(expected_BLC))
 
 
+def test_a_failed_generation_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also alternating batch sizes and a cache that is read in several spans; the seams are what matters here."""
+    monkeypatch.setattr("distilled_decoding.pipeline.compiled", lambda function, **_: function)
+    monkeypatch.setattr("distilled_decoding.families.llamagen.teacher._SPAN", 5)
+    plain = tiny.pipeline()
+    fast, plan = plain.compiled(), Plan((), ancestral=True)
+    fast.teacher.transformer.layers[0].attention.wo.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        fast.codes(plan, CONDITION, KEY_B)
+    fast.teacher.transformer.layers[0].attention.wo.weight.zero_()
+    for batch in (2, 1, 2):
+        expected_BLC = plain.codes(plan, CONDITION[:batch], KEY_B[:batch])
+        assert torch.equal(fast.codes(plan, CONDITION[:batch], KEY_B[:batch]), expected_BLC)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_plan_runs_in_16_bits(family: str, dtype: torch.dtype) -> None:
+    model = tiny.pipeline(family=family)
+    model.cast(dtype)
+    assert model.dtype == dtype and model.teacher.codebook.dtype == torch.float32
+    second = 8 if family == "llamagen" else 2
+    for plan in (Plan((0,)), Plan((0, second)), Plan((0, second), (1, second)), Plan((), ancestral=True), Plan(())):
+        code_BLC = model.codes(plan, CONDITION, KEY_B)
+        assert code_BLC.dtype == torch.float32 and code_BLC.isfinite().all()
+
+
 def test_another_student_is_not_run_in_the_graph_of_the_first() -> None:
     plain = tiny.pipeline()
     other = plain.new_student(1)
@@ -40,5 +67,7 @@ def test_another_student_is_not_run_in_the_graph_of_the_first() -> None:
 def test_weights_are_cast_before_not_after() -> None:
     with pytest.raises(ValueError, match="cast first, then compile"):
         tiny.pipeline().compiled().cast(torch.bfloat16)
+    with pytest.raises(ValueError, match="keeps its student"):
+        tiny.pipeline().compiled().with_student(tiny.pipeline().student, (0,), 16)
     with pytest.raises(ValueError, match="float32, bfloat16, float16, got torch.int8"):
         tiny.pipeline().cast(torch.int8)

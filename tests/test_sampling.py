@@ -105,6 +105,7 @@ def test_spread_schedule() -> None:
         (Plan((0, 8), teacher_span=(9, 8)), "ascend"),
         (Plan((0, 8), teacher_span=(2, 6)), "must end at"),
         (Plan((0, 8), teacher_span=(2, 17)), "within 0..16"),
+        (Plan((), teacher_span=(4, 16)), "needs student steps"),
     ],
 )
 def test_impossible_plans_are_refused(plan: Plan, message: str) -> None:

@@ -8,6 +8,7 @@ Axis letters: B batch, L tokens, C code channels.
 """
 
 import gc
+import importlib.util
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from distilled_decoding.images import to_uint8
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, is_out_of_memory
 from distilled_decoding.progress import Bar, progress_bar, stop_signal
-from distilled_decoding.records import environment, record
+from distilled_decoding.records import environment, record_anew
 from distilled_decoding.sampling import Step
 
 # A turn repeats short runs until this many seconds have passed: a generator that works is warm.
@@ -114,17 +115,20 @@ def bench(pipeline: Pipeline, name: str, out: Path, settings: BenchSettings) -> 
     """
     pipeline.check_labels()
     pipeline.plan(2)
-    record(out, "bench", asdict(settings), {"model": name})
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the figure needs matplotlib: pip install 'distilled-decoding[plot]'")
+    made_of = {"teacher": pipeline.fingerprint, "dtype": _name(pipeline.dtype), "device": str(pipeline.device)}
+    record_anew(out, "bench", {**made_of, **asdict(settings)}, {"model": name})
     ways, left_out = _ways(pipeline)
     timings: dict[str, list[Timing]] = {way.name: [] for way in ways}
     total = len(ways) * len(settings.batches) * (settings.repeats + 2)
-    with stop_signal() as stop, progress_bar("timing", total) as bar:
+    with stop_signal(goes_on=False) as stop, progress_bar("timing", total) as bar:
         for batch in settings.batches:
             _measure(pipeline, ways, timings, batch, settings, bar, stop.check)
     summary = {
         "model": name,
         "device": pipeline.device.type,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "dtype": _name(pipeline.dtype),
         "tokens": pipeline.teacher.order.length,
         "sampling": asdict(pipeline.config.sampling),
         **asdict(settings),
@@ -159,7 +163,7 @@ def _ways(pipeline: Pipeline) -> tuple[list[Way], str | None]:
     for name, steps in _STEPS.items():
         passes = count_passes(pipeline, steps)
         ways += [_way(f"{name}{kind}", passes, own, steps) for kind, own in (("", pipeline), (", compiled", fast))]
-    ways.append(_way("teacher, flow map, compiled", order.num_blocks, fast, "teacher"))
+    ways.append(_way("teacher, flow map, compiled", count_passes(pipeline, "teacher"), fast, "teacher"))
     ways.append(Way(FORWARD, order.num_blocks, lambda condition, key_B: _forward_passes(fast, condition), None))
     return ways, left_out
 
@@ -347,6 +351,10 @@ def bench_table(summary: dict[str, Any]) -> str:
         f"{left_out}\n"
     )
     return "\n".join(lines) + "\n" + note
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _number(value: float | None) -> str | None:

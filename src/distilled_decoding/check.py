@@ -436,11 +436,14 @@ def _student_predicts_leading_blocks_alone(student: nn.Module, teacher: Teacher)
     whole = _heads(functional_call(student, weights, (x_BLC, *others)))
     for block in _blocks(teacher.order):
         length = teacher.order.span(block).stop
-        part = _heads(functional_call(student, weights, (x_BLC[:, :length], *others, length)))
+        num_logits = teacher.order.span(block).start + 1
+        part = _heads(functional_call(student, weights, (x_BLC[:, :length], *others, num_logits)))
         for head, value in whole.items():
-            _expect_tensor(part[head], (len(x_BLC), length, value.shape[2]), f"the {head} of {length} leading tokens")
-            promise = f"a student must predict {length} leading tokens as it does among all, but its {head} change:"
-            _expect_close(part[head], value[:, :length], _SAME, promise)
+            needed = num_logits if head == "logits" else length
+            found = part[head][:, :needed] if head == "logits" else part[head]
+            _expect_tensor(found, (len(x_BLC), needed, value.shape[2]), f"the {head} of {needed} leading tokens")
+            promise = f"a student must predict {needed} leading tokens as it does among all, but its {head} change:"
+            _expect_close(found, value[:, :needed], _SAME, promise)
 
 
 def _student_learns_with_every_parameter(student: nn.Module, teacher: Teacher) -> None:

@@ -263,7 +263,7 @@ def bench(
         preset: instead of a model, the name of a published one (var-d16, llamagen-b ...), with --random-weights.
         random_weights: full published sizes, weights drawn at random: speed does not need trained ones.
         batches: images at once; latency is that of the first, throughput the best of all.
-        repeats: timed runs of each way at each batch.
+        repeats: turns of each way at each batch; a short way runs several times in its turn.
         seconds: a way whose run takes longer is not tried at the next batch.
         device: cpu, cuda, cuda:1 ... or mps.
         dtype: of the transformers.

@@ -10,7 +10,7 @@ from torch import nn
 from distilled_decoding.families import family
 from distilled_decoding.index import PipelineConfig
 from distilled_decoding.pipeline import Pipeline
-from distilled_decoding.presets import PRESETS, preset
+from distilled_decoding.presets import PRESETS, Preset, preset
 
 _RECOMMENDED = ("sampling", "start_blocks", "split_block", "flow", "micro_batch", "num_trajectories", "training")
 
@@ -23,7 +23,12 @@ def skeleton(model: str) -> Pipeline:
     """
     if model not in PRESETS or Path(model).exists():
         return Pipeline.from_pretrained(model)
-    own, maker = PRESETS[model], family(PRESETS[model].config.family)
+    return _without_weights(preset(model))
+
+
+def _without_weights(own: Preset) -> Pipeline:
+    """A preset's models on the meta device."""
+    maker = family(own.config.family)
     with torch.device("meta"):
         parts = {file.component: maker.kinds(file.component)[0](file.config) for file in own.files}
         student = None if own.student is None else maker.kinds("student")[0](own.student)
@@ -42,8 +47,7 @@ def random_weights(name: str, device: str, dtype: torch.dtype) -> Pipeline:
     Raises:
         ValueError: there is no such preset.
     """
-    preset(name)
-    pipeline, generator = skeleton(name), torch.Generator().manual_seed(0)
+    pipeline, generator = _without_weights(preset(name)), torch.Generator().manual_seed(0)
     parts = [pipeline.teacher] if pipeline.student is None else [pipeline.teacher, pipeline.student]
     for module in (module for part in parts for module in part.to_empty(device="cpu").modules()):
         is_norm = isinstance(module, nn.RMSNorm | nn.GroupNorm | nn.LayerNorm)

@@ -60,7 +60,6 @@ class Pipeline:
         self.student = student
         self.config = config
         self._passes = Passes()
-        self.dtype = torch.float32
         self.is_compiled = False
 
     @classmethod
@@ -182,6 +181,8 @@ class Pipeline:
         Raises:
             ValueError: torch is too old.
         """
+        if self.is_compiled:
+            return self
         # The weights are shared; what is compiled takes the place of a method, in the copy alone.
         twin = copy(self)
         twin.teacher = copy(self.teacher)
@@ -204,12 +205,11 @@ class Pipeline:
             raise ValueError("what is compiled does not see new weights; cast first, then compile")
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-        for name in family(self.config.family).components:
-            if name != "tokenizer":
-                getattr(self.teacher, name).to(dtype)
+        for part in self._transformers():
+            part.to(dtype)
         if self.student is not None:
             self.student.to(dtype)
-        self.dtype = dtype
+        self.__dict__.pop("fingerprint", None)
 
     def with_settings(self, **settings: Any) -> "Pipeline":
         """The same models with other settings, fields of `PipelineConfig`.
@@ -223,7 +223,13 @@ class Pipeline:
         return twin
 
     def with_student(self, student: nn.Module, start_blocks: tuple[int, ...], split_block: int) -> "Pipeline":
-        """The same teacher with another student, which is nobody's published one; not compiled."""
+        """The same teacher with another student, which is nobody's published one.
+
+        Raises:
+            ValueError: the pipeline is compiled.
+        """
+        if self.is_compiled:
+            raise ValueError("what is compiled keeps its student; take the pipeline as it was before")
         config = replace(self.config, start_blocks=start_blocks, split_block=split_block, preset=None)
         return Pipeline(self.teacher, student, config)
 
@@ -239,6 +245,16 @@ class Pipeline:
         """
         if self.num_classes == 0:
             raise ValueError("this model reads captions, and sampling, trajectories and distillation are of classes")
+
+    def _transformers(self) -> list[nn.Module]:
+        """The teacher's components but the tokenizer."""
+        names = family(self.config.family).components
+        return [getattr(self.teacher, name) for name in names if name != "tokenizer"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformers' weights."""
+        return next(parameter.dtype for part in self._transformers() for parameter in part.parameters())
 
     @property
     def device(self) -> torch.device:

@@ -29,8 +29,9 @@ class StopSignal:
         requested: whether the user asked to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, goes_on: bool) -> None:
         self.requested = False
+        self._goes_on = goes_on
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -46,13 +47,13 @@ class StopSignal:
 
     def stopped(self) -> Stopped:
         """The exception that ends the run."""
-        return Stopped("stopped; the same command goes on")
+        return Stopped("stopped; the same command goes on" if self._goes_on else "stopped; nothing is kept")
 
 
 @contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Catch stop requests while the block runs."""
-    stop = StopSignal()
+def stop_signal(goes_on: bool = True) -> Iterator[StopSignal]:
+    """Catch stop requests while the block runs; `goes_on` says whether the same call continues a stopped one."""
+    stop = StopSignal(goes_on)
     previous = {number: signal.signal(number, stop._handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

@@ -62,6 +62,16 @@ def record(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[
         _write(out, command, settings, notes)
 
 
+def record_anew(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[str, Any] = _NONE) -> None:
+    """Leave a `run.json`, in place of that of an earlier run of the same command.
+
+    Raises:
+        ValueError: the folder holds a run of another command, or is a file.
+    """
+    _recorded(out, command)
+    _write(out, command, settings, notes)
+
+
 def identity(pipeline: "Pipeline", plan: "Plan") -> dict[str, Any]:
     """Everything of a pipeline that determines the images of a plan, as JSON gives it back."""
     config = pipeline.config

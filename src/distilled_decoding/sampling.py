@@ -3,6 +3,7 @@
 Axis letters: B batch, L tokens in a sequence, C code channels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -85,6 +86,8 @@ def check_plan(plan: Plan, order: BlockOrder, start_blocks: Sequence[int]) -> Pl
         order.check_schedule(plan.schedule, start_blocks)
     if plan.teacher_span is not None:
         first, end = plan.teacher_span
+        if not plan.schedule:
+            raise ValueError(f"teacher span {first} {end} needs student steps beside it, got an empty schedule")
         if not 0 <= first < end <= order.num_blocks:
             raise ValueError(f"teacher span {first} {end} must ascend within 0..{order.num_blocks}")
         if end != order.num_blocks and end not in plan.schedule:
@@ -121,9 +124,11 @@ def jump(
     code_BLC = final_sequence(output, codebook_VC, split)
     if known == 0:
         return code_BLC
-    quantised = min(known, split)
-    chosen_BLC = lookup(nearest(x_BLC[:, :quantised], codebook_VC), codebook_VC)
-    return torch.cat([chosen_BLC, x_BLC[:, quantised:known], code_BLC[:, known:]], dim=1)
+    quantised_BLC, kept_BLC = x_BLC[:, :known].tensor_split((min(known, split),), dim=1)
+    chosen_BLC = lookup(nearest(quantised_BLC, codebook_VC), codebook_VC)
+    # What is no code stays none.
+    chosen_BLC = chosen_BLC.masked_fill(~quantised_BLC.isfinite().all(-1, keepdim=True), math.nan)
+    return torch.cat([chosen_BLC, kept_BLC, code_BLC[:, known:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def sample(
         code_BLC for the tokenizer's decoder; not finite where the student's logits are not numbers.
 
     Raises:
-        ValueError: the teacher's logits are not numbers.
+        ValueError: the teacher's logits are not finite, or the student's codes that it is to go on from.
     """
     order, codebook_VC = teacher.order, teacher.codebook
     code_BLC = passes.noise(key_B, order.length, codebook_VC.shape[1])
@@ -184,7 +189,13 @@ def sample(
         choose = by_flow(order, code_BLC, codebook_VC, sampling, flow)
 
     def teach(first: int, end: int) -> Tensor:
-        prefix_BL = nearest(code_BLC[:, : order.tokens_before(first)], codebook_VC) if first else None
+        known_BLC, prefix_BL = code_BLC[:, : order.tokens_before(first)], None
+        if first:
+            if not known_BLC.isfinite().all():
+                raise ValueError(
+                    "the student's output is not finite: its weights are damaged, or the dtype is too narrow"
+                )
+            prefix_BL = nearest(known_BLC, codebook_VC)
         token_BL = rollout(teacher, condition, sampling.guidance, choose, prefix_BL, end, plan.prefix)
         return lookup(token_BL, codebook_VC)
 

@@ -96,7 +96,7 @@ class Teacher(Protocol):
     """A pretrained autoregressive image model with its tokenizer, sampled one block at a time.
 
     A generation is `state = start(...)`, then for each block `next_logits(state)` and
-    `state = feed(state, token)`; after the last block nothing need be fed. A state is the teacher's own, and
+    `state = feed(state, token)`; after the last block nothing is fed. A state is the teacher's own, and
     is spent once it has been fed: the one that `feed` returns takes its place.
 
     A teacher may also offer `compile_steps(compiler)`, which compiles in place what a generation calls again and
@@ -257,7 +257,7 @@ def rollout(
         token_BL, int64, the prefix included.
 
     Raises:
-        ValueError: the teacher's logits are not numbers.
+        ValueError: the teacher's logits are not finite.
     """
     order = teacher.order
     tokens = [] if prefix_BL is None else [prefix_BL]
@@ -265,16 +265,16 @@ def rollout(
     last = order.num_blocks if end_block is None else end_block
     start = teacher.start if prefix == "causal" else teacher.start_unmasked  # type: ignore[attr-defined]
     state = start(condition, guidance, prefix_BL)
-    undefined = []
+    finite = []
     for block in range(first, last):
         logits_BKV = teacher.next_logits(state)
-        undefined.append(logits_BKV.isnan().any())
+        finite.append(logits_BKV.amax(-1).isfinite().all())
         tokens.append(choose(block, logits_BKV))
         if block + 1 < last:
             state = teacher.feed(state, tokens[-1])
-    # Asked once, behind the last block: the host does not wait for the device in between.
-    if torch.stack(undefined).any():
-        raise ValueError("the teacher's logits are not numbers: its weights are damaged, or the dtype is too narrow")
+    # Asked once, behind the last block, so that draws do not make the host wait for the device.
+    if not torch.stack(finite).all():
+        raise ValueError("the teacher's logits are not finite: its weights are damaged, or the dtype is too narrow")
     return torch.cat(tokens, 1)
 
 

@@ -25,6 +25,7 @@ class Family:
     Attributes:
         name: what `model_index.json` calls it.
         components: what the teacher is made of; a name is the sub-folder, the teacher's attribute and its keyword.
+            One called `tokenizer` stays in float32, whatever dtype the others are given.
         teacher: makes a `Teacher` (a module) of the components, given by keyword.
         student: a `Student` with a class method `from_teacher(teacher, seed)`; its config has `vocab_size` and
             `code_dim`.

@@ -48,6 +48,9 @@ class CacheShelf:
             cache = self._cache = KVCache(shape, like)
             for stored in (cache.keys, cache.values):
                 torch._dynamo.mark_static_address(stored)
+        # A generation that failed may have left what is not finite.
+        cache.keys.zero_()
+        cache.values.zero_()
         cache.length = 0
         return cache
 

@@ -20,7 +20,7 @@ from distilled_decoding.families.llamagen.transformer import Transformer, attent
 from distilled_decoding.teacher import Guidance
 
 # A step reads the cache up to a multiple of this many positions: few shapes to compile, little read in vain.
-_SPAN = 64
+_SPAN = 128
 
 
 @dataclass

@@ -107,9 +107,9 @@ class VARTeacher(nn.Module):
         rows = len(condition) * (2 if guidance.is_active else 1)
         shape = (config.num_layers, rows, config.num_heads, self.order.length, config.dim // config.num_heads)
         cache = self._take_cache(shape, self.transformer.pos_start)
-        state = self._begin(prefix_BL, condition, guidance, masked, cache, block)
+        class_BD, modulations, sum_BChw, logits_BKV = self._begin(prefix_BL, condition, guidance, masked, cache, block)
         cache.length = self.order.tokens_before(block + 1)
-        return state
+        return DecodingState(guidance, class_BD, modulations, cache, sum_BChw, block, logits_BKV)
 
     def next_logits(self, state: DecodingState) -> Tensor:
         """See `Teacher.next_logits`."""
@@ -131,8 +131,8 @@ class VARTeacher(nn.Module):
 
     def _begin(
         self, prefix_BL: Tensor, condition: Condition, guidance: Guidance, masked: bool, cache: KVCache, block: int
-    ) -> DecodingState:
-        """The state in front of `block`, which follows a prefix."""
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """What the state in front of `block` holds, behind a prefix: class, modulations, sum of features, logits."""
         sums = self.tokenizer.partial_sums(lookup(prefix_BL, self.codebook))
         input_BLC = self.tokenizer.next_inputs(sums)
         if guidance.is_active:
@@ -146,7 +146,7 @@ class VARTeacher(nn.Module):
             mask_LL = self.order.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
         modulations = self.transformer.modulations(class_BD)
         logits_BKV = self._predict(x_BLD, class_BD, modulations, mask_LL, cache, block, guidance)
-        return DecodingState(guidance, class_BD, modulations, cache, sums[-1], block, logits_BKV)
+        return class_BD, modulations, sums[-1], logits_BKV
 
     def _decode(self, token_BK: Tensor, state: DecodingState) -> tuple[Tensor, Tensor]:
         """The sum of features with the scale `token_BK`, and guided logits of the scale behind it."""
