@@ -24,6 +24,20 @@ def test_compiled_images_are_those_of_the_plain_code(family: str) -> None:
     torch.testing.assert_close(fast.teacher.decode(expected_BLC), plain.teacher.decode(expected_BLC))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_recorded_graphs_make_the_same_images(family: str) -> None:
+    """Every plan, batch sizes in turn: what a graph wrote before must not change when it writes again."""
+    plain = tiny.pipeline(family=family)
+    plain.teacher.cuda()
+    plain.student.cuda()
+    fast, second = plain.compiled(), 8 if family == "llamagen" else 2
+    for plan in (Plan((0,)), Plan((0, second)), Plan((0, second), (1, second)), Plan((), ancestral=True), Plan(())):
+        for batch in (2, 1, 2):
+            inputs = CONDITION[:batch].to("cuda"), KEY_B[:batch].cuda()
+            torch.testing.assert_close(fast.codes(plan, *inputs), plain.codes(plan, *inputs))
+
+
 def test_a_failed_generation_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also alternating batch sizes and a cache that is read in several spans; the seams are what matters here."""
     monkeypatch.setattr("distilled_decoding.pipeline.compiled", lambda function, **_: function)

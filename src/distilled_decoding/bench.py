@@ -366,21 +366,23 @@ def _ratio(ratio: dict[str, float] | None) -> str | None:
 
 
 def bench_figure(summary: dict[str, Any], path: Path) -> None:
-    """Milliseconds to codes and to images of every way, as bars on a logarithmic axis."""
+    """Milliseconds to codes and to images of every way, as dots on a logarithmic axis."""
     from matplotlib.figure import Figure
 
     rows = [row for row in reversed(summary["ways"]) if row["images_ms"] is not None]
-    figure = Figure(figsize=(8, 0.5 + 0.45 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        colour = "#4a7ab5" if "step" in row["name"] else "#b0763e"
-        axes.barh(place, row["images_ms"], color=colour, alpha=0.4)
-        axes.barh(place, row["codes_ms"], color=colour)
-        axes.text(row["images_ms"], place, f" {_number(row['images_ms'])} ms", va="center", fontsize=9)
+        colour = "#2b66b1" if "step" in row["name"] else "#b0662b"
+        axes.plot([row["codes_ms"], row["images_ms"]], [place, place], color=colour, linewidth=1.5)
+        axes.scatter(row["codes_ms"], place, s=36, facecolor="white", edgecolor=colour, linewidth=1.5, zorder=3)
+        axes.scatter(row["images_ms"], place, s=36, color=colour, zorder=3)
+        axes.text(1.12 * row["images_ms"], place, f"{_number(row['images_ms'])} ms", va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xscale("log")
-    axes.set_xlim(right=2.5 * max(row["images_ms"] for row in rows))
-    axes.set_xlabel(f"milliseconds to {summary['batches'][0]} image; the pale end is the decoder")
+    axes.set_xlim(0.7 * min(row["codes_ms"] for row in rows), 2.5 * max(row["images_ms"] for row in rows))
+    axes.set_xlabel(f"milliseconds, batch {summary['batches'][0]}: hollow to codes, full to images")
+    axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{summary['model']}, {summary['dtype']}", fontsize=10, loc="left")
     figure.savefig(path, dpi=150)

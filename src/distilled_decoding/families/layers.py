@@ -13,26 +13,27 @@ class KVCache:
     """Keys and values of the positions already run, for every layer, allocated once for a whole sequence.
 
     Args:
-        shape: layers, B, H, P, E.
+        num_layers: layers.
+        shape: B, H, P, E.
         like: a weight of the model, whose device and dtype the cache has.
 
     Attributes:
-        keys: of that shape.
+        keys: of that shape, a tensor for each layer, because the compiler would copy all layers of one.
         values: likewise.
         length: positions run.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int, int], like: Tensor) -> None:
+    def __init__(self, num_layers: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
         # Zeros: what is masked must still be finite.
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.keys, self.values = ([like.new_zeros(shape) for _ in range(num_layers)] for _ in range(2))
         self.length = 0
 
     def append(self, layer: int, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions of one layer behind `length` and return all of that layer so far."""
         end = self.length + key_BHLE.shape[2]
-        self.keys[layer, :, :, self.length : end] = key_BHLE
-        self.values[layer, :, :, self.length : end] = value_BHLE
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer][:, :, self.length : end] = key_BHLE
+        self.values[layer][:, :, self.length : end] = value_BHLE
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class CacheShelf:
@@ -41,16 +42,16 @@ class CacheShelf:
     def __init__(self) -> None:
         self._cache: KVCache | None = None
 
-    def take(self, shape: tuple[int, int, int, int, int], like: Tensor) -> KVCache:
+    def take(self, num_layers: int, shape: tuple[int, int, int, int], like: Tensor) -> KVCache:
         """The cache, emptied; a new one when the last was of another shape."""
         cache = self._cache
-        if cache is None or cache.keys.shape != shape or cache.keys.dtype != like.dtype:
-            cache = self._cache = KVCache(shape, like)
-            for stored in (cache.keys, cache.values):
+        if cache is None or cache.keys[0].shape != shape or cache.keys[0].dtype != like.dtype:
+            cache = self._cache = KVCache(num_layers, shape, like)
+            for stored in cache.keys + cache.values:
                 torch._dynamo.mark_static_address(stored)
-        # A generation that failed may have left what is not finite.
-        cache.keys.zero_()
-        cache.values.zero_()
+        for stored in cache.keys + cache.values:
+            # A generation that failed may have left what is not finite.
+            stored.zero_()
         cache.length = 0
         return cache
 

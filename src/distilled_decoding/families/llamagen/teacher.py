@@ -88,8 +88,8 @@ class LlamaGenTeacher(nn.Module):
             condition, prefix_BL = condition.with_null(), prefix_BL.repeat(2, 1)
         config, like = self.transformer.config, self.transformer.norm.weight
         # The last token is never fed.
-        shape = (config.num_layers, len(condition), config.num_heads, config.num_positions - 1, config.head_dim)
-        cache = self._take_cache(shape, like)
+        shape = (len(condition), config.num_heads, config.num_positions - 1, config.head_dim)
+        cache = self._take_cache(config.num_layers, shape, like)
         attended_BP = self.transformer.attended(condition)
         rope, scale_L = rope_table(config, like.device), guidance.at_tokens(self.order, like.device)
         logits_B1V = self._begin(prefix_BL, condition, guidance, attended_BP, rope, scale_L, cache)

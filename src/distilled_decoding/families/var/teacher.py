@@ -105,8 +105,8 @@ class VARTeacher(nn.Module):
             raise ValueError(f"a prefix of {prefix_BL.shape[1]} tokens leaves none of {self.order.length} to predict")
         config = self.transformer.config
         rows = len(condition) * (2 if guidance.is_active else 1)
-        shape = (config.num_layers, rows, config.num_heads, self.order.length, config.dim // config.num_heads)
-        cache = self._take_cache(shape, self.transformer.pos_start)
+        shape = (rows, config.num_heads, self.order.length, config.dim // config.num_heads)
+        cache = self._take_cache(config.num_layers, shape, self.transformer.pos_start)
         class_BD, modulations, sum_BChw, logits_BKV = self._begin(prefix_BL, condition, guidance, masked, cache, block)
         cache.length = self.order.tokens_before(block + 1)
         return DecodingState(guidance, class_BD, modulations, cache, sum_BChw, block, logits_BKV)
