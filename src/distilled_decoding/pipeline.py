@@ -256,7 +256,7 @@ class Pipeline:
         """Of the transformers' weights."""
         return next(parameter.dtype for part in self._transformers() for parameter in part.parameters())
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the models are."""
         return self.teacher.codebook.device

@@ -61,6 +61,8 @@ def final_sequence(output: StudentOutput, codebook_VC: Tensor, split: int) -> Te
     """
     best_BL, token_BL = output.logits_BLV[:, :split].max(-1)
     chosen_BLC = codebook_VC[token_BL].masked_fill(best_BL.isnan()[..., None], math.nan)
+    if split == output.code_BLC.shape[1]:
+        return chosen_BLC  # a compiled student then spares its code head
     return torch.cat([chosen_BLC, output.code_BLC[:, split:]], dim=1)
 
 
