@@ -55,6 +55,7 @@ class StubPipeline:
             micro_batch=MICRO_BATCH, sampling=TeacherSampling(), flow=FlowSettings(), split_block=0
         )
         self.num_classes, self.device = CLASSES, torch.device("cpu")
+        self.dtype, self.is_compiled = torch.float32, False
         self.fingerprint = fingerprint(self.teacher)
         self.calls = []
 

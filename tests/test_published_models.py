@@ -45,7 +45,7 @@ def test_every_published_result_is_on_the_page_and_can_be_sampled(name: str, mon
     rows = [
         line.split(" | ") for line in PAGE.splitlines() if line.startswith(f"| `{name}` | ") and "convert" not in line
     ]
-    monkeypatch.setattr(cli, "_load", lambda model, device: describe.skeleton(model))
+    monkeypatch.setattr(cli, "_load", lambda model, *others: describe.skeleton(model))
     monkeypatch.setattr(commands, "sample_images", planned)
     for row, result in zip(rows, PRESETS[name].results, strict=True):
         _, protocol, words, fid, *rest = (cell.strip(" |`") for cell in row)
