@@ -1,66 +1,103 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from distilled_decoding.baselines import OneStep
+from distilled_decoding.baselines import OneStep, Skip
+from distilled_decoding.codebook import nearest
 from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
-from distilled_decoding.store import Shard
+from distilled_decoding.teacher import log_probabilities
+from tests import tiny
 
-CLASSES, LENGTH, VOCAB = 2, 3, 4
+PIPE = tiny.pipeline()
+CLASSES, LENGTH, VOCAB = 3, 16, 16
 
 
-def shard(num=400):
-    """Trajectories whose second token always equals the first, so that positions depend on each other."""
+def samples(num=600):
+    """Sequences whose second token always equals the first, so that positions depend on each other."""
     label_N = torch.arange(num) % CLASSES
-    p_NV = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.0, 0.1, 0.0, 0.9]])[label_N]
+    p_NV = F.one_hot(label_N, VOCAB) * 0.5 + F.one_hot(label_N + 3, VOCAB) * 0.3 + F.one_hot(label_N * 0, VOCAB) * 0.2
     token_NL = torch.multinomial(p_NV, LENGTH, True, generator=torch.Generator().manual_seed(0))
     token_NL[:, 1] = token_NL[:, 0]
-    return Shard(token_NL, label_N, torch.arange(num))
+    return token_NL, label_N
 
 
-def drawn(num, label, seed=0):
-    onestep = OneStep.fit(shard(), CLASSES, VOCAB)
-    return onestep.draw(Labels.checked([label] * num, CLASSES), image_keys("evaluation", seed, range(num)))
-
-
-def test_frequency_counts_every_class_and_position_apart():
-    trajectories = shard()
-    frequency = OneStep.fit(trajectories, CLASSES, VOCAB).frequency
-    for label in range(CLASSES):
-        own_NL = trajectories.token_NL[trajectories.label_N == label]
-        for position in range(LENGTH):
-            counts_V = torch.bincount(own_NL[:, position], minlength=VOCAB)
-            torch.testing.assert_close(frequency[label, position], counts_V / len(own_NL))
+def tokens(baseline, num, label=None, seed=0):
+    condition = Labels.balanced(num, CLASSES) if label is None else Labels(torch.full((num,), label), CLASSES)
+    code_BLC = baseline(condition, image_keys("evaluation", seed, range(num)))
+    return nearest(code_BLC, PIPE.teacher.codebook)
 
 
 @pytest.mark.parametrize("label", range(CLASSES))
-def test_draws_recover_the_frequency(label):
-    frequency = OneStep.fit(shard(), CLASSES, VOCAB).frequency[label]
-    found = torch.nn.functional.one_hot(drawn(10_000, label), VOCAB).double().mean(0)
-    assert (found - frequency).abs().max() < 0.02
-    assert found[frequency == 0].sum() == 0
+def test_onestep_recovers_the_frequencies_of_its_class(label):
+    token_NL, label_N = samples()
+    own_NL = token_NL[label_N == label]
+    frequency_LV = F.one_hot(own_NL, VOCAB).double().mean(0)
+    found_LV = F.one_hot(tokens(OneStep(PIPE, token_NL, label_N), 10_000, label), VOCAB).double().mean(0)
+    assert (found_LV - frequency_LV).abs().max() < 0.02
+    assert found_LV[frequency_LV == 0].sum() == 0
 
 
-def test_positions_are_independent_though_the_trajectories_are_not():
-    frequency = OneStep.fit(shard(), CLASSES, VOCAB).frequency[0].double()
-    token_BL = drawn(10_000, 0)
+def test_positions_of_onestep_are_independent_though_the_samples_are_not():
+    token_NL, label_N = samples()
+    frequency_V = F.one_hot(token_NL[label_N == 0, 0], VOCAB).double().mean(0)
+    token_BL = tokens(OneStep(PIPE, token_NL, label_N), 10_000, 0)
     joint = torch.bincount(token_BL[:, 0] * VOCAB + token_BL[:, 1], minlength=VOCAB**2).view(VOCAB, VOCAB)
-    assert (joint / len(token_BL) - torch.outer(frequency[0], frequency[1])).abs().max() < 0.02
+    assert (joint / len(token_BL) - torch.outer(frequency_V, frequency_V)).abs().max() < 0.02
 
 
-def test_a_draw_depends_on_its_own_key_and_label_alone():
-    onestep = OneStep.fit(shard(), CLASSES, VOCAB)
+def test_a_class_without_samples_is_refused():
+    token_NL, label_N = samples()
+    with pytest.raises(ValueError, match="no sample of the teacher has label 2"):
+        OneStep(PIPE, token_NL[label_N != 2], label_N[label_N != 2])
+
+
+@pytest.mark.parametrize("baseline", [OneStep(PIPE, *samples()), Skip(PIPE, 5)], ids=["onestep", "skip"])
+def test_an_image_depends_on_its_own_key_and_label_alone(baseline):
     condition, key_B = Labels.balanced(12, CLASSES), image_keys("evaluation", 0, range(12))
-    together = onestep.draw(condition, key_B)
+    together = baseline(condition, key_B)
     order = torch.tensor([7, 2, 11])
-    assert torch.equal(onestep.draw(condition[order], key_B[order]), together[order])
-    assert not torch.equal(onestep.draw(condition, image_keys("evaluation", 1, range(12))), together)
+    assert torch.equal(baseline(condition[order], key_B[order]), together[order])
+    assert not torch.equal(baseline(condition, image_keys("evaluation", 1, range(12))), together)
 
 
-def test_trajectories_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"tokens of the trajectories run over 0\.\.3, .* knows 0\.\.2"):
-        OneStep.fit(shard(), CLASSES, 3)
-    with pytest.raises(ValueError, match=r"labels of the trajectories run over 0\.\.1, .* knows 0\.\.0"):
-        OneStep.fit(shard(), 1, VOCAB)
-    with pytest.raises(ValueError, match="no trajectory has label 2"):
-        OneStep.fit(shard(), 3, VOCAB)
+def test_skip_draws_each_block_from_the_teacher_given_the_prefix_and_nothing_in_between():
+    """The joint of the last two tokens against the exact product of their marginals given each image's prefix."""
+    num, sampling = 1000, PIPE.config.sampling
+    token_BL = tokens(Skip(PIPE, 1), num, label=1)
+    condition = Labels(torch.full((num,), 1), CLASSES)
+
+    def p_BLV(sequence_BL):
+        logits_BLV = PIPE.teacher.forced_logits(sequence_BL, condition, sampling.guidance)
+        return log_probabilities(logits_BLV, sampling).exp().double()
+
+    first_BV = p_BLV(token_BL)[:, -2]
+    second_BV = torch.zeros_like(first_BV)
+    for between in range(VOCAB):
+        sequence_BL = torch.cat([token_BL[:, :-2], torch.full((num, 1), between), token_BL[:, -1:]], 1)
+        second_BV += first_BV[:, between, None] * p_BLV(sequence_BL)[:, -1]
+    expected = torch.einsum("bi,bj->ij", first_BV, second_BV)
+    found = torch.bincount(token_BL[:, -2] * VOCAB + token_BL[:, -1], minlength=VOCAB**2).view(VOCAB, VOCAB)
+    enough = expected >= 5
+    statistic = ((found - expected).square() / expected)[enough].sum()
+    degrees = int(enough.sum())
+    assert degrees > 50
+    assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_skip_keeps_the_teachers_own_sample_in_front_of_the_gap(family):
+    pipe = tiny.pipeline(family=family)
+    order, condition = pipe.teacher.order, Labels.balanced(6, CLASSES)
+    key_B = image_keys("evaluation", 0, range(6))
+    whole = pipe.codes(pipe.plan("teacher-ancestral"), condition, key_B)
+    skipped = Skip(pipe, 2)(condition, key_B)
+    known = order.tokens_before(order.num_blocks - 3)
+    assert torch.equal(skipped[:, :known], whole[:, :known])
+    assert skipped.shape == whole.shape and not torch.equal(skipped, whole)
+
+
+@pytest.mark.parametrize("num_skipped", [0, 16])
+def test_skips_beyond_the_sequence_are_refused(num_skipped):
+    with pytest.raises(ValueError, match=rf"skip:{num_skipped} must lie in 1\.\.15"):
+        Skip(PIPE, num_skipped)

@@ -17,9 +17,9 @@ from tests import tiny
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    classifier, reference = tiny.classifier()
-    monkeypatch.setattr(zoo, "classifier", lambda: classifier)
-    monkeypatch.setattr(zoo, "real_images", lambda: reference)
+    extractor, reference = tiny.extractor()
+    monkeypatch.setattr(zoo, "extractor", lambda name: extractor)
+    monkeypatch.setattr(zoo, "reference", lambda: reference)
     monkeypatch.setattr(demo, "FAST", DemoSize(trajectories=16, updates=2, samples=12))
     monkeypatch.setattr(demo, "FULL", DemoSize(trajectories=32, updates=3, samples=12))
     tiny.pipeline().save_pretrained(tmp_path / "model")

@@ -80,6 +80,22 @@ def test_temperature_top_k_and_top_p_match_the_reference(name: str) -> None:
     torch.testing.assert_close(p_BV, expected_BV, rtol=FILTERS.rtol, atol=FILTERS.atol)
 
 
+@pytest.mark.parametrize("top_k", [0, 1, 3, 5, 12, 20])
+@pytest.mark.parametrize("top_p", [0.0, 0.301, 0.557, 0.803, 1.0])
+def test_top_p_keeps_what_walking_down_the_sorted_codes_keeps_ties_included(top_k: int, top_p: float) -> None:
+    weight_NV = torch.randint(1, 6, (50, 12), generator=torch.Generator().manual_seed(0))
+    found_NV = log_probabilities(weight_NV.log(), TeacherSampling(top_k=top_k, top_p=top_p)).isfinite()
+    for weights, found in zip(weight_NV.tolist(), found_NV.tolist(), strict=True):
+        least = sorted(weights, reverse=True)[min(top_k or 12, 12) - 1]
+        candidates = sorted((v for v in range(12) if weights[v] >= least), key=lambda v: (-weights[v], v))
+        total, before, expected = sum(weights[v] for v in candidates), 0, set()
+        for v in candidates:
+            if before <= top_p * total:
+                expected.add(v)
+            before += weights[v]
+        assert {v for v in range(12) if found[v]} == expected
+
+
 def test_draws_are_as_frequent_as_p_and_never_where_p_is_zero() -> None:
     log_p_V = torch.tensor([0.0, 0.3, 0.0, 0.1, 0.6, 0.0]).log()
     uniform = (torch.arange(30_000) + 0.5) / 30_000

@@ -13,9 +13,8 @@ from distilled_decoding.families.var import tokenizer as var_tokenizer
 from distilled_decoding.families.var import transformer as var_transformer
 from distilled_decoding.families.var.teacher import VARTeacher
 from distilled_decoding.flow import FlowSettings
-from distilled_decoding.metrics.features import Classifier, ClassifierConfig
-from distilled_decoding.metrics.frechet import Statistics
-from distilled_decoding.metrics.reference import real_statistics
+from distilled_decoding.metrics.features import Classifier, ClassifierConfig, Extractor, classifier_extractor
+from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
@@ -97,13 +96,14 @@ def store(folder: Path, pipe: Pipeline, num: int = 32) -> TrajectoryStore:
     return made
 
 
-def classifier() -> tuple[Classifier, Statistics]:
-    """A classifier of the toy images with random weights, and the statistics of noise in its features."""
+def extractor() -> tuple[Extractor, Reference]:
+    """The features of a classifier of the toy images with random weights, and noise to compare with."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(ClassifierConfig(image_channels=1, width=2, num_classes=3)).eval()
         image_NCHW = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
-    return model, real_statistics(model, image_NCHW)
+    features = classifier_extractor(model)
+    return features, make_reference(features, [image_NCHW], "noise images")
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:

@@ -1,12 +1,12 @@
 """Put trained components together: python recipes/fashion_mnist/assemble.py --out DIR --classifier DIR ...
 
-Writes `fashion-features` (classifier and the statistics of the 10,000 test images) and `fashion-FAMILY` as the
-package ships them: the teacher from its tokenizer and transformer, or, with --student, the whole pipeline that
-`distill` wrote.
+Writes `fashion-features` (classifier, and features and statistics of the 10,000 test images) and `fashion-FAMILY`
+as the package ships them: the teacher from its tokenizer and transformer, or, with --student, the whole pipeline
+that `distill` wrote.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +17,8 @@ from train_teacher import CLASSES
 
 from distilled_decoding.families import family
 from distilled_decoding.flow import FlowSettings
-from distilled_decoding.metrics.features import load_classifier
-from distilled_decoding.metrics.reference import real_statistics
+from distilled_decoding.metrics.features import classifier_extractor, load_classifier
+from distilled_decoding.metrics.reference import make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.teacher import Ramp, TeacherSampling
 
@@ -43,11 +43,14 @@ class Settings:
 
 
 def write_features(settings: Settings, classifier: Path) -> None:
-    """The classifier and the statistics of real test images."""
+    """The classifier, and what it says of real test images."""
     folder = settings.out / "fashion-features"
     shutil.copytree(classifier, folder, dirs_exist_ok=True)
-    statistics = real_statistics(load_classifier(folder), load("t10k")[0], "real test images")
-    statistics.save(folder / "test_images.safetensors")
+    extractor = classifier_extractor(load_classifier(folder))
+    reference = make_reference(extractor, load("t10k")[0].split(250), "real test images")
+    assert reference.feature_ND is not None
+    # Half the digits keep the file small; the statistics have all of them.
+    replace(reference, feature_ND=reference.feature_ND.half()).save(folder / "test_images.safetensors")
 
 
 def write_teacher(settings: Settings, folder: Path, tokenizer: Path, transformer: Path) -> None:

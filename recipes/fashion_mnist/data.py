@@ -1,14 +1,20 @@
 """Fashion-MNIST from the Debian package `dataset-fashion-mnist` (apt-get install dataset-fashion-mnist).
 
+As .npz, for `--reference`: python recipes/fashion_mnist/data.py --split train --out train.npz.
+
 Axis letters: B batch, H W image.
 """
 
 import gzip
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
+
+from distilled_decoding.export import write_npz
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -48,3 +54,18 @@ def flip(image_B1HW: Tensor, step: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     flipped_B = torch.rand(len(image_B1HW), generator=generator) < 0.5
     return torch.where(flipped_B[:, None, None, None], image_B1HW.flip(-1), image_B1HW)
+
+
+def main(out: Path, split: Literal["train", "t10k"] = "train") -> None:
+    """Write images and labels as `arr_0` [N, 32, 32, 1] and `arr_1` [N].
+
+    Args:
+        out: the .npz file.
+        split: 60,000 training or 10,000 test images.
+    """
+    image_N1HW, label_N = load(split)
+    write_npz(out, image_N1HW.split(1000), label_N)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -20,8 +20,8 @@ from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Labels
 from distilled_decoding.families import family
 from distilled_decoding.images import grid, to_uint8
-from distilled_decoding.metrics.frechet import frechet_distance
-from distilled_decoding.metrics.reference import measure, real_statistics
+from distilled_decoding.metrics.frechet import Statistics, frechet_distance
+from distilled_decoding.metrics.reference import make_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.sampling import Plan
@@ -52,17 +52,19 @@ def reconstructions(tokenizer: nn.Module, image_NCHW: Tensor) -> Iterator[Tensor
 def main(settings: Settings) -> None:
     """Measure and print one JSON object a line."""
     torch.set_num_threads(2)
-    classifier = zoo.classifier()
+    extractor = zoo.extractor("classifier")
     (train, train_label), (test, test_label) = load("train"), load("t10k")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     train, train_label = train[order], train_label[order]
     against_train = settings.reference == "train"
-    reference = real_statistics(classifier, train[:20_000] if against_train else test)
+    real = train[:20_000] if against_train else test
+    reference = make_reference(extractor, real.split(250), f"{settings.reference} images").statistics
 
     def report(name: str, images: Iterable[Tensor], label_N: Tensor) -> None:
-        measured = measure(classifier, images, label_N, name)
+        measured = measure(extractor, images, label_N, name)
+        statistics = Statistics.of(measured.feature_ND, extractor.fingerprint, name, measured.image_shape)
         values = {"what": name, "reference": settings.reference, "accuracy": measured.accuracy}
-        distance = frechet_distance(measured.statistics, reference)
+        distance = frechet_distance(statistics, reference)
         print(json.dumps({**values, "frechet_distance": distance}), flush=True)
 
     other, other_label = (test, test_label) if against_train else (train, train_label)

@@ -1,85 +1,101 @@
-"""The baseline any few-step method has to beat: every position drawn for itself.
+"""The baselines that any few-step method has to beat: tokens drawn at once, each for itself.
 
-A one-step predictor whose positions are independent given the class can do no better than the true frequency
-of every token at every position; this is that predictor. What it lacks is exactly what distillation keeps.
+A predictor whose tokens are independent given what it has seen can do no better than the true frequencies of every
+token given that; these baselines are such predictors (section 5 of docs/method.md). What they lack is exactly what
+distillation keeps.
 
-Axis letters: B batch, L tokens in a sequence, V codebook entries, N trajectories.
+Axis letters: B batch, L tokens in a sequence, C code channels, N samples of the teacher.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.noise import uniform
-from distilled_decoding.pipeline import Pipeline, to_uint8
-from distilled_decoding.store import Shard
-from distilled_decoding.teacher import draw
+from distilled_decoding.pipeline import Pipeline
+from distilled_decoding.teacher import by_chance, rollout
 
-_STREAM = 2
+# Of a key's independent sequences, the teacher's own draws take number 1.
+_POOL_STREAM = 2
+_TAIL_STREAM = 3
 
 
 @dataclass(frozen=True, eq=False)
 class OneStep:
-    """Independent token frequencies of each class (the paper's `onestep`).
+    """Every token drawn from its frequency among the teacher's samples of the class (the paper's `onestep`).
+
+    A draw takes the token that a random sample has in that place, another sample for every place.
 
     Attributes:
-        frequency: float32 [num_classes, L, V], each row over V sums to 1. Four bytes an entry: 1.3 MB for
-            10 classes, 64 tokens and 512 codes, but 17 GB for ImageNet at 256 tokens and 16,384 codes.
+        pipeline: whose codebook the tokens are of.
+        token_NL: samples of the teacher.
+        label_N: their classes.
+
+    Raises:
+        ValueError: a class has no sample.
     """
 
-    frequency: Tensor
+    pipeline: Pipeline
+    token_NL: Tensor
+    label_N: Tensor
 
-    @classmethod
-    def fit(cls, shard: Shard, num_classes: int, vocab_size: int) -> "OneStep":
-        """Count the tokens of trajectories.
-
-        Args:
-            shard: trajectories of every class.
-            num_classes: classes to count apart.
-            vocab_size: codebook entries, V.
-
-        Raises:
-            ValueError: a label or token out of range, or a class without trajectories.
-        """
-        for name, value, end in (
-            ("label", shard.label_N, num_classes),
-            ("token", shard.token_NL, vocab_size),
-        ):
-            if len(shard) and not 0 <= int(value.min()) <= int(value.max()) < end:
-                raise ValueError(
-                    f"{name}s of the trajectories run over {int(value.min())}..{int(value.max())}, but the "
-                    f"model knows 0..{end - 1}; use trajectories of this model"
-                )
-        missing = torch.bincount(shard.label_N, minlength=num_classes).eq(0).nonzero().flatten().tolist()
+    def __post_init__(self) -> None:
+        missing = torch.bincount(self.label_N, minlength=self.pipeline.num_classes).eq(0).nonzero().flatten().tolist()
         if missing:
-            raise ValueError(f"no trajectory has label {missing[0]}; make more of them")
-        shape = (num_classes, shard.token_NL.shape[1], vocab_size)
-        row_NL = shard.label_N[:, None] * shape[1] + torch.arange(shape[1])
-        count = torch.bincount((row_NL * vocab_size + shard.token_NL).flatten(), minlength=torch.Size(shape).numel())
-        return cls(torch.nn.functional.normalize(count.view(shape).float(), p=1, dim=-1))
+            raise ValueError(f"no sample of the teacher has label {missing[0]}; make more of them")
 
-    def draw(self, condition: Labels, key_B: Tensor) -> Tensor:
-        """Draw every position from its class's own frequency.
-
-        Args:
-            condition: one entry per image, without null labels.
-            key_B: one key per image; the only source of randomness.
-
-        Returns:
-            token_BL, int64, on the device of the frequencies. [B, L, V] float64 exist meanwhile.
-        """
-        device = self.frequency.device
-        uniform_BL = uniform(key_B.to(device), self.frequency.shape[1], _STREAM)
-        return draw(self.frequency[condition.label_B.to(device)].log(), uniform_BL)
+    def __call__(self, condition: Condition, key_B: Tensor) -> Tensor:
+        """The codes [B, L, C] of one batch of images."""
+        label_B = Labels.require(condition).label_B
+        count_C = torch.bincount(self.label_N)
+        first_C = count_C.cumsum(0) - count_C
+        uniform_BL = uniform(key_B, self.token_NL.shape[1], _POOL_STREAM)
+        sample_BL = first_C[label_B, None] + (uniform_BL * count_C[label_B, None]).long()
+        by_class_NL = self.token_NL[self.label_N.argsort(stable=True)]
+        token_BL = by_class_NL.gather(0, sample_BL)
+        return lookup(token_BL.to(self.pipeline.device), self.pipeline.teacher.codebook)
 
 
-@torch.no_grad()
-def onestep_images(pipeline: Pipeline, baseline: OneStep, condition: Labels, key_B: Tensor) -> Iterator[Tensor]:
-    """The baseline's images through the pipeline's decoder, as `Pipeline.images` gives them."""
-    for index_B in torch.arange(len(condition)).split(pipeline.config.micro_batch):
-        token_BL = baseline.draw(condition[index_B], key_B[index_B]).to(pipeline.device)
-        yield to_uint8(pipeline.teacher.decode(lookup(token_BL, pipeline.teacher.codebook))).cpu()
+@dataclass(frozen=True, eq=False)
+class Skip:
+    """The teacher saves its last passes: one pass has to predict all blocks that are left (the paper's `skip-n`).
+
+    Given the blocks before, each of those blocks is drawn from the teacher's distribution, independently of the
+    others: it is the last block of a rollout of its own.
+
+    Attributes:
+        pipeline: the teacher and how it samples.
+        num_skipped: passes saved; the last one predicts one block more than that.
+
+    Raises:
+        ValueError: nothing is skipped, or no block is left to begin with.
+    """
+
+    pipeline: Pipeline
+    num_skipped: int
+
+    def __post_init__(self) -> None:
+        num_blocks = self.pipeline.teacher.order.num_blocks
+        if not 1 <= self.num_skipped < num_blocks:
+            raise ValueError(f"skip:{self.num_skipped} must lie in 1..{num_blocks - 1}, this teacher's blocks less one")
+
+    def __call__(self, condition: Condition, key_B: Tensor) -> Tensor:
+        """The codes [B, L, C] of one batch of images."""
+        teacher, sampling = self.pipeline.teacher, self.pipeline.config.sampling
+        order, device = teacher.order, self.pipeline.device
+        condition, key_B = condition.to(device), key_B.to(device)
+
+        def ancestral(stream: int, prefix_BL: Tensor | None, end_block: int) -> Tensor:
+            choose = by_chance(order, uniform(key_B, order.length, stream), sampling)
+            return rollout(teacher, condition, sampling.guidance, choose, prefix_BL, end_block)
+
+        first = order.num_blocks - self.num_skipped - 1
+        prefix_BL = ancestral(1, None, first) if first else None
+        tail = [
+            ancestral(_TAIL_STREAM + block, prefix_BL, block + 1)[:, order.span(block)]
+            for block in range(first, order.num_blocks)
+        ]
+        return lookup(torch.cat([*([] if prefix_BL is None else [prefix_BL]), *tail], 1), teacher.codebook)

@@ -222,25 +222,37 @@ def evaluate(
     methods: tuple[str, ...] = EvaluationSettings.methods,
     num: int = EvaluationSettings.num,
     seeds: tuple[int, ...] = EvaluationSettings.seeds,
-    trajectories: Path | None = None,
+    keep: int = EvaluationSettings.keep,
+    features: FeatureName = "classifier",
+    reference: Path | None = None,
+    inception_weights: Path | None = None,
     device: str = "cpu",
+    dtype: DType = "float32",
+    compile: bool = False,
     json: bool = False,
 ) -> None:
-    """Measure samples on the features of the shipped classifier.
+    """Measure samples against real images, against the teacher's samples and against the baselines.
 
     Args:
         model: shipped name, folder or hub id.
         out: folder of the results; what is there already is not measured again.
-        methods: student steps, teacher, teacher-ancestral, or onestep (each token from its own frequency).
+        methods: student steps (1, 2 ...), teacher, teacher-ancestral, span:A:B (the student with the teacher on blocks
+            A to B-1), onestep (each token from its own frequency), skip:N (the teacher saves its last N passes).
         num: images of each method and seed, classes balanced.
         seeds: run seeds; mean and spread are over them.
-        trajectories: folder of trajectories, from which onestep takes its frequencies.
+        keep: images of each run that are kept for pictures.
+        features: classifier (of the shipped models), effnet-lite0, or inception, whose distance is FID.
+        reference: the real images: a .npz as the ADM evaluator reads, a folder of images, or a reference.safetensors of
+            an earlier evaluation; by default the test images of the shipped models.
+        inception_weights: file of Inception's weights.
         device: cpu, cuda, cuda:1 ... or mps.
+        dtype: of the transformers.
+        compile: worth it for many images.
         json: print one JSON object.
     """
-    pipeline = _load(model, device)
-    settings = EvaluationSettings(methods, num, seeds)
-    summary = commands.evaluate_model(pipeline, out, settings, trajectories)
+    pipeline = _load(model, device, dtype, compile)
+    settings = EvaluationSettings(methods, num, seeds, keep)
+    summary = commands.evaluate_model(model, pipeline, out, settings, features, reference, inception_weights)
     _print(summary, json, markdown_table(summary))
 
 

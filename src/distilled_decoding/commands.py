@@ -22,17 +22,20 @@ from distilled_decoding.condition import Labels
 from distilled_decoding.cost import distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.describe import info
 from distilled_decoding.distill import DistillSettings, Update, distill
-from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, markdown_table, summary
+from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, summary
 from distilled_decoding.export import check_file, png_path, read_pngs, write_npz, write_picture, write_pngs
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
 from distilled_decoding.index import INDEX
 from distilled_decoding.losses import ImageDistance
+from distilled_decoding.metrics.features import FeatureName
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
+from distilled_decoding.metrics.reference import read_reference
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, problems
 from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
 from distilled_decoding.records import claim, environment, identity, record
+from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
 
@@ -359,26 +362,37 @@ def image_distance(name: str, device: str) -> ImageDistance | None:
 
 
 def evaluate_model(
-    pipeline: Pipeline, out: Path, settings: EvaluationSettings, onestep: Path | None = None
+    model: str,
+    pipeline: Pipeline,
+    out: Path,
+    settings: EvaluationSettings,
+    features: FeatureName = "classifier",
+    reference: Path | None = None,
+    inception_weights: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a shipped model's methods on the features of the shipped classifier.
+    """Measure a model's methods against real images.
 
     Args:
+        model: for the record.
         pipeline: the model.
         out: folder of the results.
         settings: what to measure.
-        onestep: folder of trajectories, for the independent baseline.
+        features: the network that sees the images.
+        reference: real images or their statistics, see `read_reference`; None takes those of the shipped models.
+        inception_weights: file of the weights of `inception`.
 
     Returns:
         The summary of `evaluate` and where it was measured; also in `out/summary.json`, a table in `out/table.md`,
         and in `out/grid.png` a row of images per method, equal labels and noise in a column.
 
     Raises:
-        ValueError: methods that the model cannot do, or a folder that holds another run.
+        ValueError: methods that the model cannot do, a reference that does not fit, or a folder that holds another run.
         Stopped: the user asked to stop.
     """
-    shard = None if onestep is None else TrajectoryStore.open(onestep).load()
-    classifier, reference = zoo.classifier().to(pipeline.device), zoo.real_images()
+    pipeline.check_labels()
+    extractor = zoo.extractor(features, str(pipeline.device), inception_weights)
+    if reference is None and features != "classifier":
+        raise ValueError(f"--features {features} needs real images: give --reference FILE or FOLDER")
     total = settings.num * len(settings.methods) * len(settings.seeds)
     with stop_signal() as stop, progress_bar("measuring", total) as bar:
 
@@ -386,12 +400,14 @@ def evaluate_model(
             bar.advance(items)
             stop.check()
 
-        values = summary(evaluate(pipeline, classifier, settings, reference, out, shard, progress))
-    values |= environment()
+        real = zoo.reference() if reference is None else read_reference(reference, extractor)
+        runs = evaluate(pipeline, extractor, settings, real, out, progress)
+    values = summary(runs, settings, pipeline, model, extractor, real) | environment()
     save_json(out / "summary.json", values)
     save_text(out / "table.md", markdown_table(values))
     kept = [kept_images(out, method, settings.seeds[0])[:_PICTURED] for method in settings.methods]
-    grid(torch.cat(kept), columns=min(_PICTURED, settings.num)).save(out / "grid.png")
+    if settings.keep:
+        grid(torch.cat(kept), columns=min(_PICTURED, settings.keep, settings.num)).save(out / "grid.png")
     return values
 
 

@@ -1,44 +1,39 @@
-"""Measure a pipeline: Fréchet distances, class accuracy and time of each way to sample, over seeds.
+"""Measure a pipeline: how good each way to sample is, how close to the teacher, and how long it takes, over seeds.
 
 Every (method, seed) is a run of its own, saved when it is done, so that stopping loses at most one of them.
 All methods of a seed begin from the same keys; samples are compared with the teacher's samples of another
 seed, so that shared noise cannot bring them together, and the teacher compared in this way is the floor.
 
-Axis letters: B batch, C image channels, H W image, N images.
+Axis letters: B batch, S blocks, L tokens in a sequence, C image channels, H W image, D feature width, N images.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from distilled_decoding.baselines import OneStep, onestep_images
+from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.checkpoint import load_json, load_tensors, save_json, save_tensors
+from distilled_decoding.codebook import nearest
 from distilled_decoding.condition import Labels
-from distilled_decoding.metrics.features import Classifier
-from distilled_decoding.metrics.frechet import Statistics, frechet_distance
-from distilled_decoding.metrics.reference import Measured, check_reference, measure
+from distilled_decoding.methods import Method, check_names, method
+from distilled_decoding.metrics.features import Extractor
+from distilled_decoding.metrics.frechet import Statistics, check_comparable, frechet_distance, warn_if_few
+from distilled_decoding.metrics.kernel_distance import kernel_distance
+from distilled_decoding.metrics.precision_recall import precision_recall
+from distilled_decoding.metrics.reference import Measured, Reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
-from distilled_decoding.records import first_difference, identity, record
-from distilled_decoding.store import Shard
+from distilled_decoding.records import first_difference, record
 from distilled_decoding.trajectories import Progress
 
-_NAMED = ("teacher", "teacher-ancestral", "onestep")
-_COLUMNS = {
-    "frechet_distance": ("Fréchet distance", "{:.3f}"),
-    "ratio_to_teacher": ("ratio to teacher", "{:.2f}"),
-    "distance_to_teacher": ("distance to teacher's samples", "{:.3f}"),
-    "accuracy": ("class accuracy", "{:.1%}"),
-    "seconds_per_image": ("s/image", "{:.2g}"),
-}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -46,10 +41,10 @@ class EvaluationSettings:
     """What is measured.
 
     Attributes:
-        methods: `teacher`, `teacher-ancestral`, `onestep`, or a number of student steps.
+        methods: see `methods.method`.
         num: samples of each method and seed, the labels in turn.
         seeds: run seeds; three or more give a spread worth reading.
-        keep: this many first images of each run are kept for a grid; 0 keeps none.
+        keep: this many first images of each run are kept for pictures; 0 keeps none.
 
     Raises:
         ValueError: an unknown method, something named twice, or too few samples.
@@ -61,9 +56,7 @@ class EvaluationSettings:
     keep: int = 64
 
     def __post_init__(self) -> None:
-        for name in self.methods:
-            if name not in _NAMED and not name.isdecimal():
-                raise ValueError(f"unknown method {name!r}; use {', '.join(_NAMED)} or a number of steps")
+        check_names(self.methods)
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{what} must be given, each once, got {values}")
@@ -72,101 +65,120 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class Result:
+class Quality:
+    """What one run is by itself; None where the extractor or the reference cannot tell.
+
+    Attributes:
+        frechet_distance: to the real images.
+        kernel_distance: KID to the real images.
+        inception_score: by the classes that the extractor knows.
+        precision: share of samples that look like real images.
+        recall: share of real images that look like samples.
+        accuracy: share of samples that are given the label they were asked for.
+        seconds_per_image: sampling and decoding, without measuring.
+    """
+
+    frechet_distance: float
+    kernel_distance: float | None
+    inception_score: float
+    precision: float | None
+    recall: float | None
+    accuracy: float | None
+    seconds_per_image: float
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How one run compares with the teacher; None where the teacher, or a second seed of it, was not measured.
+
+    Attributes:
+        ratio_to_teacher: Fréchet distance over the teacher's at the same seed.
+        distance_to_teacher: Fréchet distance to the teacher's samples of the next seed; after the last comes the first.
+        agreement_S: per block, the share of tokens that equal the teacher's on the same noise.
+        chance_S: likewise with the teacher's of the next seed: what one label brings about, whatever the noise.
+    """
+
+    ratio_to_teacher: float | None
+    distance_to_teacher: float | None
+    agreement_S: tuple[float, ...] | None
+    chance_S: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
     """One method at one seed.
 
     Attributes:
         method: see `EvaluationSettings`.
         seed: the run seed.
-        frechet_distance: to the real images.
-        ratio_to_teacher: that over the teacher's at the same seed; None when the teacher was not measured.
-        distance_to_teacher: Fréchet distance to the teacher's samples of the next seed (after the last comes the
-            first); None when the teacher was not measured or there is one seed only.
-        accuracy: share of samples that the classifier gives the label they were asked for.
-        seconds_per_image: sampling and decoding, without measuring.
+        passes: forward passes of an image.
+        quality: measured when it was made.
+        likeness: found when all runs are there.
     """
 
     method: str
     seed: int
-    frechet_distance: float
-    ratio_to_teacher: float | None
-    distance_to_teacher: float | None
-    accuracy: float
-    seconds_per_image: float
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """All results, one a method and seed, with the real images they were measured against.
-
-    The times depend on `batch_size`, the images generated at once.
-    """
-
-    settings: EvaluationSettings
-    reference: Statistics
-    batch_size: int
-    results: tuple[Result, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Method:
-    """A way to make uint8 images [B, C, H, W] batch by batch, and everything that determines them."""
-
-    images: Callable[[Labels, Tensor], Iterator[Tensor]]
-    made_from: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What is kept of one method at one seed."""
-
-    measured: Measured
-    seconds_per_image: float
-
-
-_Runs = dict[tuple[str, int], _Run]
+    passes: int
+    quality: Quality
+    likeness: Likeness
 
 
 def evaluate(
     pipeline: Pipeline,
-    classifier: Classifier,
+    extractor: Extractor,
     settings: EvaluationSettings,
-    reference: Statistics,
+    reference: Reference,
     out: Path,
-    shard: Shard | None = None,
     progress: Progress = lambda num: None,
-) -> Evaluation:
+) -> list[Run]:
     """Measure every method at every seed that `out` does not have yet, and compare them all.
 
     Args:
         pipeline: the model.
-        classifier: in evaluation mode; gives the features and judges the classes.
+        extractor: gives the features, and judges the classes where it knows those of the model.
         settings: what to measure.
-        reference: `real_statistics` of the same classifier.
-        out: folder of the runs, a safetensors and a JSON file each, and the record of what was asked first.
-        shard: trajectories, from which `onestep` takes its frequencies.
+        reference: the real images, seen by the same extractor.
+        out: folder of the runs, tensors and a JSON file each, and the record of what was asked first.
         progress: called with the number of images finished, those of runs found on disk included.
 
     Raises:
-        ValueError: model, classifier, reference, methods and what is in `out` do not fit each other.
+        ValueError: model, extractor, reference, methods and what is in `out` do not fit each other.
     """
-    check_reference(reference, classifier, pipeline.num_classes)
+    _check(pipeline, extractor, reference.statistics)
+    warn_if_few(settings.num, extractor)
     condition = Labels.balanced(settings.num, pipeline.num_classes)
-    shared = {"num": settings.num, "keep": settings.keep, "extractor": reference.extractor}
-    methods = {name: _method(pipeline, name, shard, shared) for name in settings.methods}
     keys = [(name, seed) for name in settings.methods for seed in settings.seeds]
+
+    def samples(seed: int) -> tuple[Tensor, Tensor]:
+        return _tensors(out, "teacher", seed)["token_NL"].long(), condition.label_B
+
+    methods = {(name, seed): method(pipeline, name, partial(samples, seed)) for name, seed in keys}
+    made_from = {
+        key: {
+            **one.made_from,
+            "num": settings.num,
+            "keep": settings.keep,
+            "extractor": extractor.fingerprint,
+            "reference": reference.fingerprint,
+        }
+        for key, one in methods.items()
+    }
     # All are read before any is made: a folder that does not fit is refused at once, not after hours.
-    found = {key: _load(_path(out, *key), methods[key[0]]) for key in keys}
-    made_from = {name: method.made_from for name, method in methods.items()}
-    record(out, "evaluate", {**asdict(settings), "made_from": made_from}, {"reference": reference.images})
-    runs: _Runs = {}
-    for (name, seed), run in found.items():
-        if run is not None:
+    qualities = {key: quality for key in keys if (quality := _load(_path(out, *key), made_from[key]))}
+    asked = {name: made_from[name, settings.seeds[0]] for name in settings.methods}
+    record(out, "evaluate", {**asdict(settings), "made_from": asked}, {"reference": reference.statistics.images})
+    reference.save(out / "reference.safetensors")
+    # The independent baseline goes last: it needs the teacher's samples.
+    for key in sorted(keys, key=lambda key: key[0] == "onestep"):
+        if key in qualities:
             progress(settings.num)
-        runs[name, seed] = run or _measure(_path(out, name, seed), seed, methods[name], condition, classifier, progress)
-    following = dict(zip(settings.seeds, (*settings.seeds[1:], settings.seeds[0]), strict=True))
-    results = tuple(_compare(runs, name, seed, following[seed], reference) for name, seed in keys)
-    return Evaluation(settings, reference, pipeline.config.micro_batch, results)
+        else:
+            saved_as = _path(out, *key), made_from[key]
+            qualities[key] = _measure(
+                pipeline, methods[key], condition, key[1], extractor, reference, saved_as, progress
+            )
+    likenesses = _compare(out, qualities, settings.seeds, pipeline.teacher.order, reference.statistics)
+    return [Run(*key, methods[key].passes, qualities[key], likenesses[key]) for key in keys]
 
 
 def kept_images(out: Path, method: str, seed: int) -> Tensor:
@@ -174,116 +186,186 @@ def kept_images(out: Path, method: str, seed: int) -> Tensor:
     return load_tensors(_path(out, method, seed).with_suffix(".images.safetensors"))[0]["image_NCHW"]
 
 
-def summary(evaluation: Evaluation) -> dict[str, Any]:
+def kept_features(out: Path, method: str, seed: int) -> Tensor:
+    """The features of all images of a run, float32 [N, D]."""
+    return _tensors(out, method, seed)["feature_ND"]
+
+
+def summary(
+    runs: Sequence[Run],
+    settings: EvaluationSettings,
+    pipeline: Pipeline,
+    model: str,
+    extractor: Extractor,
+    reference: Reference,
+) -> dict[str, Any]:
     """Everything measured, as JSON: every quantity of every method with its mean, spread and value per seed.
 
-    The fields are those of `Result`, null where not measured; the teacher's `distance_to_teacher` is the
-    floor of all others. A spread is the standard deviation over seeds (n - 1), 0 for a single seed.
+    Null stands for what was not measured; the teacher's `distance_to_teacher` is the floor of all others. A spread
+    is the standard deviation over seeds (n - 1), 0 for a single seed.
     """
-    settings, reference = evaluation.settings, evaluation.reference
-    methods = {}
-    for name in settings.methods:
-        results = [result for result in evaluation.results if result.method == name]
-        methods[name] = {field: _moments([getattr(result, field) for result in results]) for field in _COLUMNS}
-    real = {"images": reference.images, "count": reference.count, "extractor": reference.extractor}
-    sampled = {"num": settings.num, "seeds": list(settings.seeds), "batch_size": evaluation.batch_size}
-    return {**sampled, "reference": real, "methods": methods}
+    order, real = pipeline.teacher.order, reference.statistics
+    of = {name: [run for run in runs if run.method == name] for name in settings.methods}
+    return {
+        "model": model,
+        "blocks": list(order.sizes),
+        "num": settings.num,
+        "seeds": list(settings.seeds),
+        "batch_size": pipeline.config.micro_batch,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "compiled": pipeline.is_compiled,
+        "features": {
+            "name": extractor.name,
+            "distance": extractor.distance,
+            "extractor": extractor.fingerprint,
+            "width": extractor.width,
+        },
+        "reference": {"images": real.images, "count": real.count},
+        "chance": _agreement([run.likeness.chance_S for run in of.get("teacher", [])], order),
+        "methods": {name: _summary(of[name], order) for name in settings.methods},
+    }
 
 
-def markdown_table(summary: Mapping[str, Any]) -> str:
-    """A `summary` as a Markdown table with the lines that say how to read it."""
-    titles = [title for title, _ in _COLUMNS.values()]
-    rows = [["method", *titles], ["---"] * (len(titles) + 1)]
-    for name, measured in summary["methods"].items():
-        title = f"{name} step{'s' * (name != '1')}" if name.isdecimal() else name
-        rows.append([title, *(_cell(measured[field], form) for field, (_, form) in _COLUMNS.items())])
-    real, seeds = summary["reference"], ", ".join(map(str, summary["seeds"]))
-    note = (
-        f"{summary['num']:,} balanced samples at each of seeds {seeds}; mean ± standard deviation over seeds. "
-        f"Fréchet distances in the features of classifier {real['extractor'][:12]}, to {real['count']:,} "
-        f"{real['images']}, and to the teacher's samples of another seed, where the teacher's own row is the "
-        f"floor. Times include decoding, {summary['batch_size']} images at once."
-    )
-    return "\n".join([f"| {' | '.join(row)} |" for row in rows]) + f"\n\n{note}\n"
+def _summary(runs: Sequence[Run], order: BlockOrder) -> dict[str, Any]:
+    values: dict[str, Any] = {"passes": runs[0].passes}
+    for part in ("quality", "likeness"):
+        for field in fields(getattr(runs[0], part)):
+            if not field.name.endswith("_S"):
+                values[field.name] = _moments([getattr(getattr(run, part), field.name) for run in runs])
+    return {**values, "agreement": _agreement([run.likeness.agreement_S for run in runs], order)}
 
 
-def _method(pipeline: Pipeline, name: str, shard: Shard | None, shared: Mapping[str, Any]) -> _Method:
-    if name == "onestep":
-        if shard is None:
-            raise ValueError("onestep takes its frequencies from trajectories; give some, or leave it out")
-        baseline = OneStep.fit(shard, pipeline.num_classes, len(pipeline.teacher.codebook))
-        frequencies = sha256(baseline.frequency.numpy().tobytes()).hexdigest()
-        made_from = {"teacher": pipeline.fingerprint, "micro_batch": pipeline.config.micro_batch}
-        images = partial(onestep_images, pipeline, baseline)
-        return _Method(images, {**shared, **made_from, "frequencies": frequencies})
-    plan = pipeline.plan(int(name) if name.isdecimal() else name)  # type: ignore[arg-type]
-    return _Method(partial(pipeline.images, plan), {**shared, **identity(pipeline, plan)})
+def _check(pipeline: Pipeline, extractor: Extractor, real: Statistics) -> None:
+    """Refuse, before anything is sampled, what could not be compared afterwards."""
+    if extractor.num_classes not in (None, pipeline.num_classes):
+        raise ValueError(
+            f"the classifier knows {extractor.num_classes} classes, the model {pipeline.num_classes}; "
+            "use other --features"
+        )
+    blank_1LC = pipeline.teacher.codebook[:1].expand(1, pipeline.teacher.order.length, -1)
+    with torch.no_grad():
+        image_shape = tuple(pipeline.teacher.decode(blank_1LC).shape[1:])
+    samples = replace(real, extractor=extractor.fingerprint, images="the model's samples", image_shape=image_shape)
+    check_comparable(samples, real)
 
 
 def _measure(
-    path: Path, seed: int, method: _Method, condition: Labels, classifier: Classifier, progress: Progress
-) -> _Run:
+    pipeline: Pipeline,
+    way: Method,
+    condition: Labels,
+    seed: int,
+    extractor: Extractor,
+    reference: Reference,
+    saved_as: tuple[Path, Mapping[str, Any]],
+    progress: Progress,
+) -> Quality:
     """Sample, score and save one run; its JSON goes last, so that half a run is never taken for one."""
-    num, keep = len(condition), method.made_from["keep"]
+    path, made_from = saved_as
+    num, keep = len(condition), made_from["keep"]
     kept: list[Tensor] = []
+    tokens: list[Tensor] = []
     seconds = 0.0
 
     def watched() -> Iterator[Tensor]:
         nonlocal seconds
-        seen = 0
-        for image_BCHW, spent in _timed(method.images(condition, image_keys("evaluation", seed, range(num)))):
+        seen, key_N = 0, image_keys("evaluation", seed, range(num))
+        for (image_BCHW, code_BLC), spent in _timed(pipeline.generate(way.codes, condition, key_N)):
             seconds += spent
             kept.append(image_BCHW[: max(0, keep - seen)])
+            tokens.append(nearest(code_BLC, pipeline.teacher.codebook.cpu()).to(torch.uint16))
             seen += len(image_BCHW)
             yield image_BCHW
             progress(len(image_BCHW))
 
-    measured = measure(classifier, watched(), condition.label_B, f"{path.stem}, {num} samples")
-    measured.statistics.save(path.with_suffix(".safetensors"))
+    measured = measure(extractor, watched(), condition.label_B, f"{path.stem}, {num} samples")
+    quality = _quality(measured, seconds / num, extractor, reference)
+    save_tensors(path.with_suffix(".safetensors"), {"feature_ND": measured.feature_ND, "token_NL": torch.cat(tokens)})
     save_tensors(path.with_suffix(".images.safetensors"), {"image_NCHW": torch.cat(kept)})
-    values = {"accuracy": measured.accuracy, "seconds_per_image": seconds / num}
-    save_json(path, {"made_from": method.made_from, **values})
-    return _Run(measured, seconds / num)
+    save_json(path, {"made_from": made_from, **asdict(quality)})
+    return quality
 
 
-def _timed(images: Iterable[Tensor]) -> Iterator[tuple[Tensor, float]]:
+def _quality(measured: Measured, seconds: float, extractor: Extractor, reference: Reference) -> Quality:
+    feature_ND, real_MD = measured.feature_ND, reference.feature_ND
+    statistics = Statistics.of(feature_ND, extractor.fingerprint, "samples", measured.image_shape)
+    precision, recall = (None, None) if real_MD is None else precision_recall(real_MD, feature_ND)
+    return Quality(
+        frechet_distance=frechet_distance(statistics, reference.statistics),
+        kernel_distance=None if real_MD is None else kernel_distance(real_MD, feature_ND),
+        inception_score=measured.inception_score,
+        precision=precision,
+        recall=recall,
+        accuracy=measured.accuracy,
+        seconds_per_image=seconds,
+    )
+
+
+def _timed(batches: Iterable[_T]) -> Iterator[tuple[_T, float]]:
     """Each batch with the seconds that it took to make."""
     begin = perf_counter()
-    for image_BCHW in images:
-        yield image_BCHW, perf_counter() - begin
+    for batch in batches:
+        yield batch, perf_counter() - begin
         begin = perf_counter()
 
 
-def _load(path: Path, method: _Method) -> _Run | None:
-    """A finished run, or None; one made from something else is an error."""
+def _load(path: Path, made_from: Mapping[str, Any]) -> Quality | None:
+    """What a finished run measured, or None; one made from something else is an error."""
     if not path.is_file():
         return None
     saved = load_json(path)
     try:
-        found, accuracy, seconds = saved["made_from"], saved["accuracy"], saved["seconds_per_image"]
+        found, quality = saved["made_from"], Quality(**{field.name: saved[field.name] for field in fields(Quality)})
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} was not written by `evaluate`; choose another --out") from error
-    if difference := first_difference(found, method.made_from):
+    if difference := first_difference(found, made_from):
         raise ValueError(f"{path} was made from something else: its {difference}; choose another --out")
-    return _Run(Measured(Statistics.load(path.with_suffix(".safetensors")), accuracy), seconds)
+    return quality
 
 
-def _compare(runs: _Runs, name: str, seed: int, next_seed: int, reference: Statistics) -> Result:
-    run, teacher = runs[name, seed], runs.get(("teacher", seed))
-    other = runs.get(("teacher", next_seed)) if next_seed != seed else None
-    distance = frechet_distance(run.measured.statistics, reference)
-    return Result(
-        method=name,
-        seed=seed,
-        frechet_distance=distance,
-        ratio_to_teacher=distance / frechet_distance(teacher.measured.statistics, reference) if teacher else None,
-        distance_to_teacher=frechet_distance(run.measured.statistics, other.measured.statistics) if other else None,
-        accuracy=run.measured.accuracy,
-        seconds_per_image=run.seconds_per_image,
-    )
+def _compare(
+    out: Path, qualities: Mapping[tuple[str, int], Quality], seeds: Sequence[int], order: BlockOrder, real: Statistics
+) -> dict[tuple[str, int], Likeness]:
+    """Every run beside the teacher's of its own seed and of the next one."""
+
+    def statistics(name: str, seed: int) -> Statistics:
+        return Statistics.of(kept_features(out, name, seed), real.extractor, "samples", real.image_shape)
+
+    following = dict(zip(seeds, (*seeds[1:], seeds[0]), strict=True))
+    teachers = {seed: statistics("teacher", seed) for seed in seeds if ("teacher", seed) in qualities}
+    likenesses = {}
+    for (name, seed), quality in qualities.items():
+        if not teachers:
+            likenesses[name, seed] = Likeness(None, None, None, None)
+            continue
+        token_NL, other = _tensors(out, name, seed)["token_NL"], following[seed]
+        likenesses[name, seed] = Likeness(
+            ratio_to_teacher=quality.frechet_distance / qualities["teacher", seed].frechet_distance,
+            distance_to_teacher=frechet_distance(statistics(name, seed), teachers[other]) if other != seed else None,
+            agreement_S=_equal(token_NL, _tensors(out, "teacher", seed)["token_NL"], order),
+            chance_S=_equal(token_NL, _tensors(out, "teacher", other)["token_NL"], order) if other != seed else None,
+        )
+    return likenesses
 
 
-def _moments(values: list[float | None]) -> dict[str, Any] | None:
+def _equal(token_NL: Tensor, teacher_NL: Tensor, order: BlockOrder) -> tuple[float, ...]:
+    """Per block, the share of equal tokens."""
+    equal_L = (token_NL.int() == teacher_NL.int()).double().mean(0)
+    return tuple(equal_L[order.span(block)].mean().item() for block in range(order.num_blocks))
+
+
+def _agreement(shares: Sequence[tuple[float, ...] | None], order: BlockOrder) -> dict[str, Any] | None:
+    """Shares per block of several runs: of all tokens, and the mean of every block."""
+    measured = [share_S for share_S in shares if share_S is not None]
+    if not measured:
+        return None
+    tokens = [
+        sum(share * size for share, size in zip(share_S, order.sizes, strict=True)) / order.length
+        for share_S in measured
+    ]
+    return {"tokens": _moments(tokens), "blocks": [fmean(block) for block in zip(*measured, strict=True)]}
+
+
+def _moments(values: Sequence[float | None]) -> dict[str, Any] | None:
     """Mean, spread and the values; None when they were not measured."""
     measured = [value for value in values if value is not None]
     if not measured:
@@ -292,9 +374,10 @@ def _moments(values: list[float | None]) -> dict[str, Any] | None:
     return {"mean": fmean(measured), "spread": spread, "per_seed": measured}
 
 
-def _cell(moments: Mapping[str, Any] | None, form: str) -> str:
-    return f"{form.format(moments['mean'])} ± {form.format(moments['spread'])}" if moments else "-"
+def _tensors(out: Path, method: str, seed: int) -> dict[str, Tensor]:
+    """`feature_ND` and `token_NL` of a run, read when needed: those of all runs together may be large."""
+    return load_tensors(_path(out, method, seed).with_suffix(".safetensors"))[0]
 
 
 def _path(out: Path, method: str, seed: int) -> Path:
-    return out / f"{method}-seed{seed}.json"
+    return out / f"{method.replace(':', '-')}-seed{seed}.json"

@@ -37,6 +37,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Steps = int | Literal["teacher", "teacher-ancestral"]
 Format = Literal["pil", "array", "tensor", "codes"]
 
+Codes = Callable[[Condition, Tensor], Tensor]
+"""A way to make codes [B, L, C] of a batch: from its conditions and its keys."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -331,15 +334,19 @@ class Pipeline:
         self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None
     ) -> Iterator[Tensor]:
         """Images as uint8 [B, 1 or 3, H, W] on the CPU, a micro-batch at a time, so that any number fits in memory."""
-        return (image_BCHW for image_BCHW, _ in self._generate(plan, condition, key_B, callback, _bytes, fill=True))
+        made = self.generate(partial(self.codes, plan, callback=callback), condition, key_B)
+        return (image_BCHW for image_BCHW, _ in made)
+
+    def generate(self, codes: Codes, condition: Condition, key_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """`images` with the codes that they are decoded from, whatever makes those."""
+        return self._generate(codes, condition, key_B, _bytes, fill=True)
 
     @torch.no_grad()
     def _generate(
         self,
-        plan: Plan,
+        codes: Codes,
         condition: Condition,
         key_B: Tensor,
-        callback: Callback | None,
         finish: Callable[[Tensor], Any] | None,
         fill: bool,
     ) -> Iterator[tuple[Any, Tensor]]:
@@ -353,7 +360,7 @@ class Pipeline:
         while done < len(condition):
             index_B = torch.arange(done, min(done + size, len(condition)))
             filled_B = torch.cat([index_B, index_B[-1:].expand(size - len(index_B) if fill else 0)])
-            made = self._make(plan, condition[filled_B], key_B[filled_B], callback, finish)
+            made = self._make(codes, condition[filled_B], key_B[filled_B], finish)
             if made is None:
                 size = self._halve(len(filled_B))
                 continue
@@ -361,16 +368,11 @@ class Pipeline:
             yield made[0][: len(index_B)], made[1][: len(index_B)]
 
     def _make(
-        self,
-        plan: Plan,
-        condition: Condition,
-        key_B: Tensor,
-        callback: Callback | None,
-        finish: Callable[[Tensor], Any] | None,
+        self, codes: Codes, condition: Condition, key_B: Tensor, finish: Callable[[Tensor], Any] | None
     ) -> tuple[Any, Tensor] | None:
         """One batch of `_generate`, or None when there is no memory for it, but might be for half of it."""
         try:
-            code_BLC = _finite(self.codes(plan, condition, key_B, callback))
+            code_BLC = _finite(codes(condition, key_B))
             made = finish(_finite(self.teacher.decode(code_BLC)).float()) if finish else code_BLC.cpu()
         except RuntimeError as error:
             if len(key_B) == 1 or not is_out_of_memory(error):
@@ -472,7 +474,8 @@ class Pipeline:
         if len(seeds) != len(condition):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(condition)} labels; give one for each")
         key_B = torch.cat([image_keys("image", seed, [0]) for seed in seeds])
-        batches = self._generate(plan, condition, key_B, callback, _FORMATS[output][0], fill=False)
+        codes = partial(self.codes, plan, callback=callback)
+        batches = self._generate(codes, condition, key_B, _FORMATS[output][0], fill=False)
         return chain.from_iterable(zip(images, codes, strict=True) for images, codes in batches)
 
 

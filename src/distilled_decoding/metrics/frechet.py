@@ -1,18 +1,17 @@
 """Fréchet distance between two sets of images: how far apart Gaussians fitted to their features are.
 
-Everything is float64 and features arrive batch after batch, so the statistics do not depend on how the images
-were batched, and no more than one batch is in memory.
+Everything is float64, and statistics are a function of the set: in whatever order images come, no digit changes.
 
-Axis letters: B batch, D feature width.
+Axis letters: N images, D feature width.
 """
 
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distilled_decoding.checkpoint import load_tensors, save_tensors
+from distilled_decoding.metrics.features import Extractor, canonical
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,80 +19,44 @@ class Statistics:
     """The Gaussian of a set of images.
 
     Attributes:
-        count: number of images.
+        count: number of images; None when it is not known.
         mean_D: mean feature, float64 [D].
         covariance_DD: unbiased covariance of the features, float64 [D, D].
         extractor: fingerprint of the network that made the features; only equal ones can be compared.
         images: what the images are, in words.
+        image_shape: channels, height and width of the images; None when they are not known.
     """
 
-    count: int
+    count: int | None
     mean_D: Tensor
     covariance_DD: Tensor
     extractor: str
     images: str
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file that names the extractor and the images in its metadata."""
-        metadata = {"count": str(self.count), "extractor": self.extractor, "images": self.images}
-        save_tensors(path, {"mean_D": self.mean_D, "covariance_DD": self.covariance_DD}, metadata)
+    image_shape: tuple[int, int, int] | None
 
     @classmethod
-    def load(cls, path: Path) -> "Statistics":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is missing, damaged, or holds something else.
-        """
-        tensors, metadata = load_tensors(path)
-        if set(tensors) != {"mean_D", "covariance_DD"} or not {"count", "extractor", "images"} <= set(metadata):
-            raise ValueError(f"{path} holds no feature statistics (found {', '.join(sorted(tensors))})")
-        return cls(int(metadata["count"]), **tensors, extractor=metadata["extractor"], images=metadata["images"])
-
-
-class Accumulator:
-    """Gathers the statistics of a set of images from batches of their features.
-
-    Batches are merged by mean and centred scatter (Chan, Golub and LeVeque 1979), which loses no digits when
-    the mean is large against the spread.
-    """
-
-    def __init__(self, extractor: str, images: str) -> None:
-        self.extractor = extractor
-        self.images = images
-        self.count = 0
-        self._mean_D = torch.zeros(())
-        self._scatter_DD = torch.zeros(())
-
-    def update(self, feature_BD: Tensor) -> None:
-        """Add a batch of features, [B, D] of any float type and device."""
-        feature_BD = feature_BD.detach().cpu().double()
-        num, total = len(feature_BD), self.count + len(feature_BD)
-        mean_D = feature_BD.mean(0)
-        centred_BD = feature_BD - mean_D
-        shift_D = mean_D - self._mean_D
-        between_DD = torch.outer(shift_D, shift_D) * (self.count * num / total)
-        self._scatter_DD = self._scatter_DD + centred_BD.T @ centred_BD + between_DD
-        self._mean_D = self._mean_D + shift_D * (num / total)
-        self.count = total
-
-    def statistics(self) -> Statistics:
-        """The statistics of all images so far.
+    def of(
+        cls, feature_ND: Tensor, extractor: str, images: str, image_shape: tuple[int, int, int] | None
+    ) -> "Statistics":
+        """Statistics of features; for the arguments see the attributes.
 
         Raises:
             ValueError: fewer than two images.
         """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.count} of {self.images}")
-        covariance_DD = self._scatter_DD / (self.count - 1)
-        return Statistics(self.count, self._mean_D, covariance_DD, self.extractor, self.images)
+        if len(feature_ND) < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {len(feature_ND)} of {images}")
+        feature_ND = canonical(feature_ND)
+        mean_D = feature_ND.mean(0)
+        feature_ND -= mean_D
+        covariance_DD = feature_ND.T @ feature_ND / (len(feature_ND) - 1)
+        return cls(len(feature_ND), mean_D, covariance_DD, extractor, images, image_shape)
 
 
 def check_comparable(a: Statistics, b: Statistics) -> None:
     """Refuse a comparison that would mean nothing.
 
     Raises:
-        ValueError: other extractors, other widths, or fewer than two images.
+        ValueError: other extractors, other widths, images of other shapes, or fewer than two images.
     """
     if a.extractor != b.extractor:
         raise ValueError(
@@ -105,9 +68,31 @@ def check_comparable(a: Statistics, b: Statistics) -> None:
             f"{a.images!r} has {len(a.mean_D)} features, {b.images!r} has {len(b.mean_D)}; "
             "measure both with the same extractor"
         )
+    if a.image_shape and b.image_shape and a.image_shape != b.image_shape:
+        shapes = [" x ".join(map(str, shape)) for shape in (a.image_shape, b.image_shape)]
+        raise ValueError(
+            f"{a.images!r} has images of {shapes[0]} (channels, height, width), {b.images!r} of {shapes[1]}; "
+            "resize one set before measuring"
+        )
     for one in (a, b):
-        if one.count < 2:
+        if one.count is not None and one.count < 2:
             raise ValueError(f"{one.images!r} has {one.count} images; a distance needs at least 2")
+
+
+def warn_if_few(num: int, extractor: Extractor) -> None:
+    """Warn when there are no more images than features, which makes a Fréchet distance hard to read.
+
+    Args:
+        num: images of the smaller set.
+        extractor: of their features.
+    """
+    if num <= extractor.width:
+        warnings.warn(
+            f"{num} images do not fill {extractor.width} features: the covariance is singular and the "
+            f"{extractor.distance} too large by a bias that depends on the number of images; "
+            "read the kernel distance (KID), which has no such bias",
+            stacklevel=2,
+        )
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

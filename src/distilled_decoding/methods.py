@@ -1,0 +1,82 @@
+"""What the names of `evaluate --methods` stand for: the student, the teacher, both, or a baseline.
+
+Axis letters: B batch, L tokens in a sequence, N samples of the teacher.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor
+
+from distilled_decoding.baselines import OneStep, Skip
+from distilled_decoding.pipeline import Codes, Pipeline
+from distilled_decoding.records import identity
+
+_NAME = re.compile(r"teacher|teacher-ancestral|onestep|\d+|skip:\d+|span:\d+:\d+")
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way to make images.
+
+    Attributes:
+        codes: makes the codes of one batch.
+        passes: forward passes of an image.
+        made_from: everything that determines the images, as JSON gives it back.
+    """
+
+    codes: Codes
+    passes: int
+    made_from: dict[str, Any]
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Refuse names that mean nothing, before a model is at hand.
+
+    Raises:
+        ValueError: an unknown name, or a baseline without the teacher that it draws from.
+    """
+    for name in names:
+        if not _NAME.fullmatch(name):
+            ways = "a number of steps, teacher, teacher-ancestral, span:A:B, onestep or skip:N"
+            raise ValueError(f"unknown method {name!r}; use {ways}")
+    if "onestep" in names and "teacher" not in names:
+        raise ValueError("onestep draws from the teacher's samples; name the method teacher, too")
+
+
+def method(pipeline: Pipeline, name: str, samples: Callable[[], tuple[Tensor, Tensor]]) -> Method:
+    """The method of a name: a number of student steps; `teacher` or `teacher-ancestral`; `span:a:b`, the student with
+    the teacher on blocks a..b-1; `onestep` or `skip:n`, see `baselines`.
+
+    Args:
+        pipeline: the model.
+        name: one that `check_names` accepts.
+        samples: gives tokens [N, L] and labels [N] of the teacher, asked when `onestep` draws its first.
+
+    Raises:
+        ValueError: this model cannot do it.
+    """
+    num_blocks = pipeline.teacher.order.num_blocks
+    kind, *numbers = name.split(":")
+    if kind in ("onestep", "skip"):
+        made_from = {"baseline": name, **identity(pipeline, pipeline.plan("teacher-ancestral"))}
+        if kind == "skip":
+            skip = Skip(pipeline, int(numbers[0]))
+            return Method(skip, num_blocks - skip.num_skipped, made_from)
+        baseline = cache(lambda: OneStep(pipeline, *samples()))
+        return Method(lambda condition, key_B: baseline()(condition, key_B), 1, made_from)
+    if kind == "span":
+        first, end = map(int, numbers)
+        # Where the span leaves nothing to do before or behind it, the student takes no step there.
+        schedule = (0, end)[: 1 + (end < num_blocks)]
+        plan = pipeline.plan(schedule=schedule, teacher_span=(first, end))
+        return Method(
+            partial(pipeline.codes, plan),
+            len(schedule) - (first == 0) + end - first,
+            identity(pipeline, plan),
+        )
+    plan = pipeline.plan(int(name) if name.isdecimal() else name)  # type: ignore[arg-type]
+    return Method(partial(pipeline.codes, plan), len(plan.schedule) or num_blocks, identity(pipeline, plan))
