@@ -15,7 +15,8 @@ from PIL import Image
 from distilled_decoding import neighbours as neighbours_module
 from distilled_decoding import report as report_module
 from distilled_decoding.checkpoint import save_tensors
-from distilled_decoding.metrics import features, reference
+from distilled_decoding.metrics.features import Extractor, Scores
+from distilled_decoding.metrics.reference import make_reference
 from distilled_decoding.neighbours import neighbours
 from distilled_decoding.report import markdown_table, method_name, report
 from distilled_decoding.report_page import html
@@ -281,16 +282,16 @@ def test_training_images_of_another_shape_or_too_few_are_refused() -> None:
 def test_with_training_images_the_report_answers_whether_the_student_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scores(image_BCHW: torch.Tensor) -> features.Scores:
-        return features.Scores(pixels(image_BCHW), pixels(image_BCHW)[:, :3])
+    def scores(image_BCHW: torch.Tensor) -> Scores:
+        return Scores(pixels(image_BCHW), pixels(image_BCHW)[:, :3])
 
-    extractor = features.Extractor("classifier", "Fréchet distance", "abcdef", 64, 3, scores)
+    extractor = Extractor("classifier", "Fréchet distance", "abcdef", 64, 3, scores)
     monkeypatch.setattr(neighbours_module.zoo, "extractor", lambda name, device="cpu", weights=None: extractor)
     folder, training = evaluated(tmp_path / "e", summary()), images(200, 1)
     # The student's samples are the training images 0 ... 23 themselves, see `evaluated`.
     training[:24] = images(24, 1)
     save_tensors(folder / "1-seed0.safetensors", {"feature_ND": pixels(images(24, 1))})
-    reference.make_reference(extractor, [images(100, 9)], "real images").save(folder / "reference.safetensors")
+    make_reference(extractor, [images(100, 9)], "real images").save(folder / "reference.safetensors")
     np.savez(tmp_path / "training.npz", arr_0=training.permute(0, 2, 3, 1).numpy())
     files = report([folder], tmp_path / "out", tmp_path / "training.npz")
     assert "neighbours-toy.png" in {path.name for path in files}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distilled_decoding import zoo
 from distilled_decoding.evaluate import kept_features, kept_images
-from distilled_decoding.metrics import reference
+from distilled_decoding.metrics.reference import Reference, read_images
 
 # Training images compared at once: with 10,000 samples, their distances take 20 MB.
 _MICRO_BATCH = 250
@@ -79,10 +79,10 @@ def nearest_training_images(
         )
     return neighbours(
         lambda image_BCHW: extractor.scores(image_BCHW).feature_BD,
-        reference.read_images(training),
+        read_images(training),
         kept_features(folder, method, seed),
         kept_images(folder, method, seed)[:_PICTURED],
-        reference.Reference.load(folder / "reference.safetensors").feature_ND,
+        Reference.load(folder / "reference.safetensors").feature_ND,
     )
 
 

@@ -175,7 +175,11 @@ def _note(summary: Mapping[str, Any]) -> str:
         which = f"each of seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds"
     to_teacher = any(m["distance_to_teacher"] for m in summary["methods"].values())
     floor = ", and to the teacher's samples of another seed, where the teacher's own row is the floor" * to_teacher
-    equal = f" Two samples of the teacher of one label share {chance['tokens']['mean']:.1%} of their tokens." if chance else ""
+    equal = (
+        f" Two samples of the teacher of one label share {chance['tokens']['mean']:.1%} of their tokens."
+        if chance
+        else ""
+    )
     images, count = summary["reference"]["images"], summary["reference"]["count"]
     real = images if count is None else f"{count:,} {images}"
     machine, versions = summary["machine"], summary["versions"]
