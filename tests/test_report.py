@@ -191,11 +191,22 @@ def test_latency_is_drawn_when_every_model_has_one_and_never_mixed(tmp_path: Pat
     (latency, axis), (own, other_axis) = drawn
     points = {name: [(p.name, p.milliseconds, p.distance) for p in points] for name, points in latency[0][1].items()}
     assert points == dict.fromkeys(("first", "second"), [("teacher", 40.0, 1.0), ("1 step", 5.0, 3.0)])
-    assert axis.startswith("latency") and "not shown: independent tokens of first; independent" in text
+    assert axis.startswith("latency") and "want of such a time: independent tokens of first; independent" in text
     assert {name: [p.milliseconds for p in points] for name, points in own[0][1].items()} == {
         f"{name}, batch 50": [20.0, 10.0, 10.0] for name in ("first", "second")
     }
     assert "batch" in other_axis
+
+
+def test_the_time_of_an_imitated_shortcut_is_not_drawn(tmp_path: Path, drawn: list) -> None:
+    values = summary()
+    folder = evaluated(tmp_path / "e", values)
+    values["methods"]["skip:1"] = values["methods"]["onestep"]
+    (folder / "skip-1-seed0.images.safetensors").write_bytes((folder / "1-seed0.images.safetensors").read_bytes())
+    (folder / "summary.json").write_text(json.dumps(values))
+    text = report([folder], tmp_path / "out")[0].read_text()
+    assert [point.name for point in drawn[0][0][0][1]["toy, batch 50"]] == ["teacher", "1 step", "independent tokens"]
+    assert "want of such a time: teacher without its last pass of toy." in text
 
 
 def test_distances_in_other_features_get_axes_of_their_own(tmp_path: Path, drawn: list) -> None:

@@ -123,28 +123,30 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _label(figure: "Figure", labels: Sequence[tuple[Any, Point, str]]) -> None:
-    """Write the names beside their points, each at the first place where it hides neither a point nor a name."""
+    """Write the names beside their points, each where it hides the least of curves, points and other names."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()
-    taken = []
-    for axes, point, _ in labels:
-        x, y = axes.transData.transform((point.milliseconds, point.distance))
-        taken.append(Bbox.from_extents(x - 5, y - 5, x + 5, y + 5))
+    lines = [line for axes in figure.axes for line in axes.lines]
+    paths: Any = [line.get_transform().transform_path(line.get_path()).interpolated(40) for line in lines]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for path in paths for x, y in path.vertices]
+    halo = [withStroke(linewidth=2.5, foreground="white")]
     for axes, point, colour in labels:
-        text = axes.annotate(
-            point.name, (point.milliseconds, point.distance), (0, 0), textcoords="offset points", fontsize=8.5
-        )
-        text.set(color=colour, path_effects=[withStroke(linewidth=2.5, foreground="white")])
+        place = (point.milliseconds, point.distance)
+        text = axes.annotate(point.name, place, (0, 0), textcoords="offset points", fontsize=8.5)
+        text.set(color=colour, path_effects=halo)
+        boxes: dict[tuple[str, int], tuple[int, Any]] = {}
         for rise, side in product((5, -12, 15, -22, 25, -32), ("left", "right")):
             text.set_ha(side)
             text.xyann = (7 if side == "left" else -7, rise)
             box = text.get_window_extent()
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)
+            outside = box.x0 < axes.bbox.x0 or box.x1 > figure.bbox.x1
+            boxes[side, rise] = sum(box.overlaps(other) for other in taken) + 1000 * outside, box
+        side, rise = min(boxes, key=lambda key: boxes[key][0])
+        text.set_ha(side)
+        text.xyann = (7 if side == "left" else -7, rise)
+        taken.append(boxes[side, rise][1])
 
 
 def agreement_figure(
