@@ -19,11 +19,13 @@ from distilled_decoding.bench import BenchSettings, bench_table
 from distilled_decoding.bench import bench as run_bench
 from distilled_decoding.demo import demo_table, run_demo
 from distilled_decoding.distill import DistillSettings
-from distilled_decoding.evaluate import EvaluationSettings, markdown_table
+from distilled_decoding.evaluate import EvaluationSettings
 from distilled_decoding.flags import flags_for, override
+from distilled_decoding.metrics.features import FeatureName
 from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import DTYPES, Pipeline, Steps
 from distilled_decoding.progress import Stopped
+from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
 
