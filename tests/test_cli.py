@@ -178,6 +178,7 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual-weight", 1], "give both or neither"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),
         (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 2"),
+        (["report", "nowhere"], "nowhere holds no results of `evaluate`"),
         (["verify", "nowhere"], "nowhere holds neither trajectories"),
         (["info", "."], "no model_index.json"),
     ]
@@ -356,6 +357,7 @@ def test_every_field_of_json_is_documented(
         "evaluate": [model, "--num", 6, "--seeds", 0, 1, "--methods", "teacher", 1, "--out", tmp_path / "e"],
         "demo": ["--model", model, "--fast", "--out", tmp_path / "demo"],
         "bench": [model, "--batches", 1, "--repeats", 1, "--out", tmp_path / "b"],
+        "report": [tmp_path / "b", "--out", tmp_path / "r"],
         "convert": [*VAR, "--out", tmp_path / "c"],
         "verify": [made],
         "trajectories --plan": [model, "--num", 8],
@@ -375,7 +377,7 @@ def test_every_field_of_json_is_documented(
     documented["bench"] |= place
     for name in words:
         assert printed[name] == documented[name], name
-    for folder in "s", "t", "d", "e", "b", "demo":
+    for folder in "s", "t", "d", "e", "b", "r", "demo":
         record = json.loads((tmp_path / folder / "run.json").read_text())
         assert fields({**record, "settings": 0, "notes": 0}) == documented["run.json"]
 

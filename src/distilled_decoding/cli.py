@@ -26,6 +26,7 @@ from distilled_decoding.originals import Weights
 from distilled_decoding.pipeline import DTYPES, Pipeline, Steps
 from distilled_decoding.progress import Stopped
 from distilled_decoding.report import markdown_table
+from distilled_decoding.report import report as run_report
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
 
@@ -294,6 +295,28 @@ def bench(
     _print(summary, json, bench_table(summary))
 
 
+def report(
+    folders: Positional[tuple[Path, ...]],
+    out: Path = Path("report"),
+    training: Path | None = None,
+    inception_weights: Path | None = None,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Put results of `evaluate` and `bench` on one page, with tables and figures.
+
+    Args:
+        folders: that `evaluate` or `bench` wrote, of one model or several.
+        out: folder of report.md, report.html and the pictures.
+        training: .npz (arr_0) or folder of the images that the models were trained on: shows those nearest to samples.
+        inception_weights: file of the Inception weights, needed with --training where their features measured.
+        device: cpu, cuda, cuda:1 ... or mps; for --training.
+        json: print one JSON object.
+    """
+    markdown, page, *pictures = run_report(folders, out, training, inception_weights, commands.check_device(device))
+    _print({"report": str(markdown), "html": str(page), "pictures": [str(path) for path in pictures]}, json)
+
+
 def demo(
     model: str = "fashion-llamagen",
     out: Path = Path("demo"),
@@ -312,7 +335,9 @@ def demo(
     _print(summary, json, demo_table(summary))
 
 
-COMMANDS = {f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, bench, convert, verify)}
+COMMANDS = {
+    f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, bench, report, convert, verify)
+}
 
 
 def main() -> None:
