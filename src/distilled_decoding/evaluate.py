@@ -10,6 +10,7 @@ Axis letters: B batch, S blocks, L tokens in a sequence, C image channels, H W i
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
 from time import perf_counter
@@ -27,7 +28,7 @@ from distilled_decoding.metrics.features import Extractor
 from distilled_decoding.metrics.frechet import Statistics, check_comparable, frechet_distance, warn_if_few
 from distilled_decoding.metrics.kernel_distance import kernel_distance
 from distilled_decoding.metrics.precision_recall import precision_recall
-from distilled_decoding.metrics.reference import Measured, Reference, measure
+from distilled_decoding.metrics.reference import Measured, Reference, check_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.records import first_difference, record
@@ -104,7 +105,7 @@ class Likeness:
     chance_S: tuple[float, ...] | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Run:
     """One method at one seed.
 
@@ -144,7 +145,7 @@ def evaluate(
     Raises:
         ValueError: model, extractor, reference, methods and what is in `out` do not fit each other.
     """
-    _check(pipeline, extractor, reference.statistics)
+    _check(pipeline, extractor, reference)
     warn_if_few(settings.num, extractor)
     condition = Labels.balanced(settings.num, pipeline.num_classes)
     keys = [(name, seed) for name in settings.methods for seed in settings.seeds]
@@ -159,7 +160,7 @@ def evaluate(
             "num": settings.num,
             "keep": settings.keep,
             "extractor": extractor.fingerprint,
-            "reference": reference.fingerprint,
+            "reference": sha256(reference.statistics.mean_D.numpy().tobytes()).hexdigest(),
         }
         for key, one in methods.items()
     }
@@ -235,18 +236,14 @@ def _summary(runs: Sequence[Run], order: BlockOrder) -> dict[str, Any]:
     return {**values, "agreement": _agreement([run.likeness.agreement_S for run in runs], order)}
 
 
-def _check(pipeline: Pipeline, extractor: Extractor, real: Statistics) -> None:
+def _check(pipeline: Pipeline, extractor: Extractor, reference: Reference) -> None:
     """Refuse, before anything is sampled, what could not be compared afterwards."""
-    if extractor.num_classes not in (None, pipeline.num_classes):
-        raise ValueError(
-            f"the classifier knows {extractor.num_classes} classes, the model {pipeline.num_classes}; "
-            "use other --features"
-        )
+    check_reference(reference, extractor, pipeline.num_classes)
     blank_1LC = pipeline.teacher.codebook[:1].expand(1, pipeline.teacher.order.length, -1)
     with torch.no_grad():
         image_shape = tuple(pipeline.teacher.decode(blank_1LC).shape[1:])
-    samples = replace(real, extractor=extractor.fingerprint, images="the model's samples", image_shape=image_shape)
-    check_comparable(samples, real)
+    real = reference.statistics
+    check_comparable(replace(real, images="the model's samples", image_shape=image_shape), real)
 
 
 def _measure(

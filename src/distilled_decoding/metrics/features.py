@@ -186,7 +186,8 @@ def _inception_tensors(weights: Path | None, network: Inception) -> dict[str, Te
         try:
             tensors = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{weights} is no file of weights ({error}); fetch it again") from error
+            # The error itself is a paragraph that advises to load unsafely.
+            raise ValueError(f"{weights} is no file of weights, or a damaged one; fetch it again") from error
         if not isinstance(tensors, dict):
             raise ValueError(f"{weights} holds no tensors by name, but a {type(tensors).__name__}")
     # Counters of training steps, which not every copy of the file has.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distilled_decoding.metrics.features import canonical
 
-_CHUNK = 1000
+_CHUNK = 250
 
 
 def kernel_distance(a_ND: Tensor, b_MD: Tensor) -> float:

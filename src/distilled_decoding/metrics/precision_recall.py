@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distilled_decoding.metrics.features import canonical
 
-_CHUNK = 1000
+_CHUNK = 250
 
 
 def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[float, float]:
@@ -46,4 +46,6 @@ def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[floa
 def _radius(feature_ND: Tensor, k: int) -> Tensor:
     """Distance of each image to its k-th nearest other; at distance 0 it finds itself first."""
     chunks = feature_ND.split(_CHUNK)
-    return torch.cat([torch.cdist(chunk_BD, feature_ND).kthvalue(k + 1, dim=1).values for chunk_BD in chunks])
+    return torch.cat(
+        [torch.cdist(chunk_BD, feature_ND).topk(k + 1, largest=False).values.amax(1) for chunk_BD in chunks]
+    )
