@@ -318,10 +318,10 @@ def test_too_large_a_batch_is_halved_with_one_readable_line(
     run("sample", model, "--num", 20, "--npz", tmp_path / "whole.npz")
     codes = Pipeline.codes
 
-    def limited(self: Pipeline, plan: object, condition: Labels, *rest: object) -> torch.Tensor:
+    def limited(self: Pipeline, plan: object, condition: Labels, key_B: torch.Tensor, **rest: object) -> torch.Tensor:
         if len(condition) > 4:
             raise torch.OutOfMemoryError
-        return codes(self, plan, condition, *rest)
+        return codes(self, plan, condition, key_B, **rest)
 
     monkeypatch.setattr(Pipeline, "codes", limited)
     code, _, error = run("sample", model, "--num", 20, "--npz", tmp_path / "halved.npz")
@@ -344,9 +344,9 @@ def test_damaged_weights_get_one_sentence_and_no_image(run, tmp_path: Path) -> N
 def test_every_field_of_json_is_documented(
     run, model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier, reference = tiny.classifier()
-    monkeypatch.setattr(zoo, "classifier", lambda: classifier)
-    monkeypatch.setattr(zoo, "real_images", lambda: reference)
+    extractor, reference = tiny.extractor()
+    monkeypatch.setattr(zoo, "extractor", lambda *_: extractor)
+    monkeypatch.setattr(zoo, "reference", lambda: reference)
     monkeypatch.setattr("distilled_decoding.pipeline.compiled", lambda function, **_: function)
     monkeypatch.setattr(demo, "FAST", demo.DemoSize(trajectories=8, updates=1, samples=6))
     words = {
