@@ -81,7 +81,7 @@ def test_skip_draws_each_block_from_the_teacher_given_the_prefix_and_nothing_in_
     enough = expected >= 5
     statistic = ((found - expected).square() / expected)[enough].sum()
     degrees = int(enough.sum())
-    assert degrees > 50
+    assert degrees > 30
     assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
 
 

@@ -298,6 +298,29 @@ class EncodesAGrid(Wrapped):
         return self.teacher.encode(image)[:, None]
 
 
+class SharesItsState(Wrapped):
+    """What a state is fed, its copies have been fed."""
+
+    class State:
+        def __init__(self, state: Any, original: Any = None) -> None:
+            self.state, self.original = state, original
+
+        def __deepcopy__(self, memo: dict) -> "SharesItsState.State":
+            return SharesItsState.State(self.state, self)
+
+    def start(self, *args: Any) -> Any:
+        return self.State(self.teacher.start(*args))
+
+    def next_logits(self, state: Any) -> Tensor:
+        return self.teacher.next_logits(state.state)
+
+    def feed(self, state: Any, token_BK: Tensor) -> Any:
+        if state.original is not None:
+            return state.original
+        state.state = self.teacher.feed(state.state, token_BK)
+        return state
+
+
 class EncodesInt32(Wrapped):
     def encode(self, image: Tensor) -> Tensor:
         return self.teacher.encode(image).int()
@@ -327,6 +350,7 @@ BROKEN_TEACHERS = {
     SamplesUnguided: r"next_logits must equal forced_logits, but at block 0 with Guidance\(scale=3.0",
     IgnoresThePrefix: "a prefix must count as if it had been fed, but at block 1",
     IgnoresThePrefixUnguided: r"a prefix must count .* with Guidance\(scale=1.0",
+    SharesItsState: "a deep copy of a state must go on by itself",
     TakesAnyPrefix: r"start must raise ValueError for a prefix of \d+ tokens, which leaves no block to predict",
     StumblesOverAPrefix: r"leaves no block to predict, but it raised IndexError\('out of range'\)",
     OneClassForAll: "the logits of two classes or captions must differ",

@@ -7,6 +7,7 @@ distillation keeps.
 Axis letters: B batch, L tokens in a sequence, C code channels, N samples of the teacher.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.noise import uniform
 from distilled_decoding.pipeline import Pipeline
-from distilled_decoding.teacher import by_chance, rollout
+from distilled_decoding.teacher import Choose, by_chance, go_on, rollout
 
 # Of a key's independent sequences, the teacher's own draws take number 1.
 _POOL_STREAM = 2
@@ -71,7 +72,8 @@ class Skip:
         num_skipped: passes saved; the last one predicts one block more than that.
 
     Raises:
-        ValueError: nothing is skipped, or no block is left to begin with.
+        ValueError: nothing is skipped, no block is left to begin with, or the pipeline is compiled, whose teacher
+            makes one generation at a time.
     """
 
     pipeline: Pipeline
@@ -79,6 +81,8 @@ class Skip:
 
     def __post_init__(self) -> None:
         num_blocks = self.pipeline.teacher.order.num_blocks
+        if self.pipeline.is_compiled:
+            raise ValueError(f"skip:{self.num_skipped} needs a pipeline that is not compiled; leave --compile out")
         if not 1 <= self.num_skipped < num_blocks:
             raise ValueError(f"skip:{self.num_skipped} must lie in 1..{num_blocks - 1}, this teacher's blocks less one")
 
@@ -88,14 +92,14 @@ class Skip:
         order, device = teacher.order, self.pipeline.device
         condition, key_B = condition.to(device), key_B.to(device)
 
-        def ancestral(stream: int, prefix_BL: Tensor | None, end_block: int) -> Tensor:
-            choose = by_chance(order, uniform(key_B, order.length, stream), sampling)
-            return rollout(teacher, condition, sampling.guidance, choose, prefix_BL, end_block)
+        def ancestral(stream: int) -> Choose:
+            return by_chance(order, uniform(key_B, order.length, stream), sampling)
 
-        first = order.num_blocks - self.num_skipped - 1
-        prefix_BL = ancestral(1, None, first) if first else None
-        tail = [
-            ancestral(_TAIL_STREAM + block, prefix_BL, block + 1)[:, order.span(block)]
-            for block in range(first, order.num_blocks)
-        ]
-        return lookup(torch.cat([*([] if prefix_BL is None else [prefix_BL]), *tail], 1), teacher.codebook)
+        first, prefix_BL = order.num_blocks - self.num_skipped - 1, None
+        if first:
+            prefix_BL = rollout(teacher, condition, sampling.guidance, ancestral(1), end_block=first)
+        state = teacher.start(condition, sampling.guidance, prefix_BL)
+        tokens = [] if prefix_BL is None else [prefix_BL]
+        for block in range(first, order.num_blocks):
+            tokens.append(go_on(teacher, deepcopy(state), range(first, block + 1), ancestral(_TAIL_STREAM + block))[-1])
+        return lookup(torch.cat(tokens, 1), teacher.codebook)

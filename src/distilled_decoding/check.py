@@ -8,6 +8,7 @@ Axis letters: B batch, L tokens in a sequence, K tokens in a block, V codebook e
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +226,18 @@ def _teacher_takes_a_prefix_as_fed(teacher: Teacher, condition: Condition) -> No
                 _expect_close(logits_BKV, forced_BLV[:, order.span(block)], _ROUNDING, promise)
 
 
+def _teacher_goes_on_from_a_copy(teacher: Teacher, condition: Condition) -> None:
+    order, token_BL = teacher.order, _tokens(teacher)
+    if order.num_blocks == 1:
+        return
+    state = teacher.start(condition, _PLAIN)
+    copied, (first, second) = deepcopy(state), (order.span(0), order.span(1))
+    teacher.feed(state, (token_BL[:, first] + 1) % len(teacher.codebook))
+    logits_BKV = teacher.next_logits(teacher.feed(copied, token_BL[:, first]))
+    promise = "a deep copy of a state must go on by itself, but behind one next_logits are not forced_logits:"
+    _expect_close(logits_BKV, _forced(teacher, token_BL, condition)[:, second], _ROUNDING, promise)
+
+
 def _teacher_refuses_other_prefixes(teacher: Teacher, condition: Condition) -> None:
     order = teacher.order
     wrong = {order.length: "leaves no block to predict"}
@@ -318,6 +331,7 @@ CONDITIONED_CHECKS = (
     _teacher_sees_earlier_blocks_only,
     _teacher_samples_what_it_forces,
     _teacher_takes_a_prefix_as_fed,
+    _teacher_goes_on_from_a_copy,
     _teacher_refuses_other_prefixes,
     _teacher_knows_its_condition,
     _teacher_guides_as_documented,

@@ -97,7 +97,7 @@ class Teacher(Protocol):
 
     A generation is `state = start(...)`, then for each block `next_logits(state)` and
     `state = feed(state, token)`; after the last block nothing is fed. A state is the teacher's own, and
-    is spent once it has been fed: the one that `feed` returns takes its place.
+    is spent once it has been fed: the one that `feed` returns takes its place. A deep copy of it goes on by itself.
 
     A teacher may also offer `compile_steps(compiler)`, which compiles in place what a generation calls again and
     again. What differs from step to step must then be in tensors, or each value gets a graph of its own, and the
@@ -278,22 +278,31 @@ def rollout(
         ValueError: the teacher's logits are not finite.
     """
     order = teacher.order
-    tokens = [] if prefix_BL is None else [prefix_BL]
     first = 0 if prefix_BL is None else order.blocks_in(prefix_BL.shape[1])
     last = order.num_blocks if end_block is None else end_block
     start = teacher.start if prefix == "causal" else teacher.start_unmasked  # type: ignore[attr-defined]
-    state = start(condition, guidance, prefix_BL)
-    finite = []
-    for block in range(first, last):
+    tokens = go_on(teacher, start(condition, guidance, prefix_BL), range(first, last), choose)
+    return torch.cat(tokens if prefix_BL is None else [prefix_BL, *tokens], 1)
+
+
+@torch.no_grad()
+def go_on(teacher: Teacher, state: Any, blocks: range, choose: Choose) -> list[Tensor]:
+    """The tokens of each of the blocks behind a state, which is spent.
+
+    Raises:
+        ValueError: the teacher's logits are not finite.
+    """
+    tokens, finite = [], []
+    for block in blocks:
         logits_BKV = teacher.next_logits(state)
         finite.append(logits_BKV.amax(-1).isfinite().all())
         tokens.append(choose(block, logits_BKV))
-        if block + 1 < last:
+        if block + 1 < blocks.stop:
             state = teacher.feed(state, tokens[-1])
     # Asked once, behind the last block, so that draws do not make the host wait for the device.
     if not torch.stack(finite).all():
         raise ValueError("the teacher's logits are not finite: its weights are damaged, or the dtype is too narrow")
-    return torch.cat(tokens, 1)
+    return tokens
 
 
 def by_chance(order: BlockOrder, uniform_BL: Tensor, sampling: TeacherSampling) -> Choose:
