@@ -178,6 +178,13 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual-weight", 1], "give both or neither"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),
         (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 2"),
+        (["evaluate", "MODEL", "--out", "e"], "classes"),
+        (["evaluate", "MODEL", "--out", "e", "--methods", "onestep"], "name the method teacher, too"),
+        (["evaluate", "MODEL", "--out", "e", "--reference", "nothing"], "nothing"),
+        (["evaluate", "MODEL", "--out", "e", "--reference", "foreign"], "foreign"),
+        (["evaluate", "MODEL", "--out", "e", "--reference", "short.npz"], "short.npz"),
+        (["evaluate", "MODEL", "--out", "e", "--features", "effnet-lite0"], "needs real images: give --reference"),
+        (["evaluate", "MODEL", "--out", "e", "--features", "inception"], "--inception-weights"),
         (["report", "nowhere"], "nowhere holds no results of `evaluate`"),
         (["verify", "nowhere"], "nowhere holds neither trajectories"),
         (["info", "."], "no model_index.json"),
@@ -190,13 +197,14 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "short.npz").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "manifest.json").write_text('{"files": []}')
     code, out, error = run(*[{"MODEL": model, "T": made}.get(word, word) for word in words])
     assert code == 2
     assert sentence in error and "Traceback" not in error and out == ""
     assert len([line for line in error.splitlines() if line.strip().startswith("error")]) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "foreign"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "foreign", "short.npz"]
 
 
 def test_a_folder_of_another_run_is_refused(run, model: Path, tmp_path: Path) -> None:

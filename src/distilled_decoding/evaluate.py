@@ -213,8 +213,10 @@ def summary(
         "num": settings.num,
         "seeds": list(settings.seeds),
         "batch_size": pipeline.config.micro_batch,
+        "device": str(pipeline.device),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "compiled": pipeline.is_compiled,
+        "sampling": asdict(pipeline.config.sampling),
         "features": {
             "name": extractor.name,
             "distance": extractor.distance,
