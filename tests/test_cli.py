@@ -177,7 +177,7 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual", "lpips"], "give both or neither"),
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual-weight", 1], "give both or neither"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),
-        (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 2"),
+        (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 4"),
         (["evaluate", "MODEL", "--out", "e"], "classes"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "onestep"], "name the method teacher, too"),
         (["evaluate", "MODEL", "--out", "e", "--reference", "nothing"], "nothing"),

@@ -54,6 +54,7 @@ class StubPipeline:
     """Images are flat, brighter with label and noise; the student copies the teacher and adds its bias to block 1."""
 
     dtype, is_compiled, num_classes, device = torch.float32, False, CLASSES, torch.device("cpu")
+    image_shape = (1, SIZE, SIZE)
 
     def __init__(self, bias=0.0):
         self.teacher, self.student = StubTeacher(), nn.Linear(1, 1)
@@ -61,7 +62,7 @@ class StubPipeline:
         self.config = PipelineConfig(
             "stub", ("a", "b", "c"), TeacherSampling(), FlowSettings(), (0, 1), 0, micro_batch=MICRO_BATCH
         )
-        self.fingerprint = fingerprint(self.teacher)
+        self.fingerprint, self.student_fingerprint = fingerprint(self.teacher), fingerprint(self.student)
         self.calls = 0
 
     def plan(self, steps):
@@ -144,9 +145,9 @@ def test_a_run_is_what_measuring_all_its_images_at_once_gives(extractor, referen
 def test_shared_noise_cannot_bring_a_student_closer_than_the_floor(extractor, reference, tmp_path):
     runs = run(StubPipeline(), extractor, reference, tmp_path)
     for student, teacher in zip(of(runs, "1"), of(runs, "teacher"), strict=True):
-        assert student.likeness == teacher.likeness
+        assert dataclasses.replace(teacher.likeness, chance_S=None) == student.likeness
         assert student.likeness.distance_to_teacher > 0 and student.likeness.ratio_to_teacher == 1
-        assert student.likeness.agreement_S == (1, 1) > student.likeness.chance_S
+        assert student.likeness.agreement_S == (1, 1) > teacher.likeness.chance_S
     assert torch.equal(kept_images(tmp_path, "1", 2), kept_images(tmp_path, "teacher", 2))
 
 
@@ -211,9 +212,13 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_sampled(extract
     assert other.calls == 0
     with pytest.raises(ValueError, match="its num is 100, not 90"):
         run(StubPipeline(), extractor, reference, tmp_path, dataclasses.replace(QUICK, num=90))
-    with pytest.raises(ValueError, match="its reference is "):
-        brighter = torch.full((50, 1, SIZE, SIZE), 200, dtype=torch.uint8)
-        run(StubPipeline(), extractor, make_reference(extractor, [brighter], "bright"), tmp_path)
+    brighter = make_reference(extractor, [torch.full((50, 1, SIZE, SIZE), 200, dtype=torch.uint8)], "bright")
+    # Mean and covariance alone, as others publish them, of a number of images that they do not say.
+    alone = dataclasses.replace(reference, statistics=dataclasses.replace(reference.statistics, count=None))
+    wider = dataclasses.replace(alone.statistics, covariance_DD=2 * alone.statistics.covariance_DD)
+    for other in (brighter, alone, dataclasses.replace(alone, statistics=wider)):
+        with pytest.raises(ValueError, match="its reference is "):
+            run(StubPipeline(), extractor, other, tmp_path)
 
 
 def test_without_a_teacher_or_a_second_seed_there_is_no_distance_to_it(extractor, reference, tmp_path):
@@ -226,6 +231,16 @@ def test_without_a_teacher_or_a_second_seed_there_is_no_distance_to_it(extractor
     assert all(one.likeness == Likeness(None, None, None, None) for one in runs)
     values = summary(runs, no_teacher, StubPipeline(), "stub", extractor, reference)
     assert values["chance"] is None and values["methods"]["1"]["agreement"] is None
+
+
+def test_few_samples_or_few_real_images_are_warned_of(extractor, reference, tmp_path):
+    few = EvaluationSettings(("1",), num=8, seeds=(0,))
+    with pytest.warns(UserWarning, match="8 images do not fill 8 features.*KID"):
+        run(StubPipeline(), extractor, reference, tmp_path / "a", few)
+    shape = (5, 1, SIZE, SIZE)
+    real = make_reference(extractor, [torch.randint(0, 256, shape, dtype=torch.uint8)], "five")
+    with pytest.warns(UserWarning, match="5 images do not fill"):
+        run(StubPipeline(), extractor, real, tmp_path / "b", dataclasses.replace(few, num=100))
 
 
 def test_statistics_alone_give_a_frechet_distance_and_nothing_else(extractor, reference, tmp_path):
@@ -248,6 +263,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(extractor
             run(StubPipeline(), extractor, foreign, tmp_path)
     with pytest.raises(ValueError, match="classes"):
         run(StubPipeline(), dataclasses.replace(extractor, num_classes=10), reference, tmp_path)
+    with pytest.raises(ValueError, match="needs at least 4"):
+        few = dataclasses.replace(reference, statistics=dataclasses.replace(real, count=3))
+        run(StubPipeline(), extractor, few, tmp_path)
+    many = StubPipeline()
+    many.num_classes = 200
+    with pytest.raises(ValueError, match="samples of all 200 classes, got num 100"):
+        run(many, dataclasses.replace(extractor, num_classes=None), reference, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,7 +279,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(extractor
         ({"methods": ("fast",)}, "unknown method 'fast'"),
         ({"methods": ("1", "1")}, "methods must be given, each once"),
         ({"seeds": ()}, "seeds must be given"),
-        ({"num": 1}, "num must be at least 2"),
+        ({"num": 3}, "num must be at least 4"),
     ],
 )
 def test_settings_are_checked(fields, message):
@@ -268,11 +290,14 @@ def test_settings_are_checked(fields, message):
 def test_a_summary_gives_mean_and_spread_and_never_the_best(extractor, reference):
     def one(method, seed, distance, ratio):
         quality = Quality(distance, None, 5.0, None, None, 0.925, 0.0123)
-        return Run(method, seed, 1, quality, Likeness(ratio, 2.0, (0.5, 0.1), None))
+        place = {"machine": {"cores": 2, "gpu": None}, "commit": "abc" if seed else "def"}
+        return Run(method, seed, 1, place, quality, Likeness(ratio, 2.0, (0.5, 0.1), None))
 
     runs = [one("teacher", 0, 4.0, 1.0), one("teacher", 1, 5.0, 1.0), one("1", 0, 6.0, 1.5), one("1", 1, 8.0, 1.6)]
     settings = EvaluationSettings(("teacher", "1"), num=10_000, seeds=(0, 1))
-    measured = summary(runs, settings, StubPipeline(), "stub", extractor, reference)["methods"]["1"]
+    values = summary(runs, settings, StubPipeline(), "stub", extractor, reference)
+    assert values["commit"] == "several" and values["machine"] == {"cores": 2, "gpu": None}
+    measured = values["methods"]["1"]
     assert measured["frechet_distance"] == {"mean": 7.0, "spread": pytest.approx(2**0.5), "per_seed": [6.0, 8.0]}
     assert measured["kernel_distance"] is None and measured["passes"] == 1
     # Blocks of 16 and 48 tokens.

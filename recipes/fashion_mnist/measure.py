@@ -20,7 +20,7 @@ from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Labels
 from distilled_decoding.families import family
 from distilled_decoding.images import grid, to_uint8
-from distilled_decoding.metrics.frechet import Statistics, frechet_distance
+from distilled_decoding.metrics.frechet import frechet_distance
 from distilled_decoding.metrics.reference import make_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
@@ -62,9 +62,8 @@ def main(settings: Settings) -> None:
 
     def report(name: str, images: Iterable[Tensor], label_N: Tensor) -> None:
         measured = measure(extractor, images, label_N, name)
-        statistics = Statistics.of(measured.feature_ND, extractor.fingerprint, name, measured.image_shape)
         values = {"what": name, "reference": settings.reference, "accuracy": measured.accuracy}
-        distance = frechet_distance(statistics, reference)
+        distance = frechet_distance(measured.statistics, reference)
         print(json.dumps({**values, "frechet_distance": distance}), flush=True)
 
     other, other_label = (test, test_label) if against_train else (train, train_label)

@@ -1,10 +1,10 @@
 """The baselines that any few-step method has to beat: tokens drawn at once, each for itself.
 
-A predictor whose tokens are independent given what it has seen can do no better than the true frequencies of every
-token given that; these baselines are such predictors (section 5 of docs/method.md). What they lack is exactly what
+A predictor whose blocks are independent given what it has seen can do no better than the true distribution of every
+block given that; these baselines are such predictors (section 5 of docs/method.md). What they lack is exactly what
 distillation keeps.
 
-Axis letters: B batch, L tokens in a sequence, C code channels, N samples of the teacher.
+Axis letters: B batch, L tokens in a sequence, K classes, N samples of the teacher.
 """
 
 from copy import deepcopy
@@ -46,17 +46,16 @@ class OneStep:
     def __post_init__(self) -> None:
         missing = torch.bincount(self.label_N, minlength=self.pipeline.num_classes).eq(0).nonzero().flatten().tolist()
         if missing:
-            raise ValueError(f"no sample of the teacher has label {missing[0]}; make more of them")
+            raise ValueError(f"no sample of the teacher has label {missing[0]}; take a larger number of samples")
 
     def __call__(self, condition: Condition, key_B: Tensor) -> Tensor:
         """The codes [B, L, C] of one batch of images."""
         label_B = Labels.require(condition).label_B
-        count_C = torch.bincount(self.label_N)
-        first_C = count_C.cumsum(0) - count_C
+        count_K, by_class_N = torch.bincount(self.label_N), self.label_N.argsort(stable=True)
+        first_K = count_K.cumsum(0) - count_K
         uniform_BL = uniform(key_B, self.token_NL.shape[1], _POOL_STREAM)
-        sample_BL = first_C[label_B, None] + (uniform_BL * count_C[label_B, None]).long()
-        by_class_NL = self.token_NL[self.label_N.argsort(stable=True)]
-        token_BL = by_class_NL.gather(0, sample_BL)
+        place_BL = first_K[label_B, None] + (uniform_BL * count_K[label_B, None]).long()
+        token_BL = self.token_NL.gather(0, by_class_N[place_BL])
         return lookup(token_BL.to(self.pipeline.device), self.pipeline.teacher.codebook)
 
 

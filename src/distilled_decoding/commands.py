@@ -34,7 +34,7 @@ from distilled_decoding.metrics.reference import read_reference
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, problems
 from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
-from distilled_decoding.records import claim, environment, identity, record
+from distilled_decoding.records import claim, identity, record
 from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
@@ -402,7 +402,7 @@ def evaluate_model(
 
         real = zoo.reference() if reference is None else read_reference(reference, extractor)
         runs = evaluate(pipeline, extractor, settings, real, out, progress)
-    values = summary(runs, settings, pipeline, model, extractor, real) | environment()
+    values = summary(runs, settings, pipeline, model, extractor, real)
     save_json(out / "summary.json", values)
     save_text(out / "table.md", markdown_table(values))
     kept = [kept_images(out, method, settings.seeds[0])[:_PICTURED] for method in settings.methods]

@@ -18,7 +18,7 @@ from distilled_decoding.checkpoint import save_json, save_text
 from distilled_decoding.condition import Labels
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.images import grid
-from distilled_decoding.metrics.frechet import Statistics, frechet_distance
+from distilled_decoding.metrics.frechet import frechet_distance
 from distilled_decoding.metrics.reference import check_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps
@@ -70,7 +70,7 @@ def run_demo(model: str, out: Path, fast: bool) -> dict[str, Any]:
     begin = perf_counter()
     shipped = Pipeline.from_pretrained(model)
     shipped.plan(2)
-    check_reference(zoo.reference(), zoo.extractor("classifier"), shipped.num_classes)
+    check_reference(zoo.reference(), zoo.extractor("classifier"), shipped.num_classes, shipped.image_shape)
     record(out, "demo", {"teacher": shipped.fingerprint, "seed": _SEED, **asdict(size)}, {"model": model})
     fresh = _fresh_student(model, shipped, out / ("fast" if fast else "full"), size)
     measured = _compare(shipped, fresh, size.samples)
@@ -124,12 +124,11 @@ def _measure(row: _Row, num: int, bar: Bar, stop: StopSignal) -> dict[str, Any]:
     bar.say(f"3/3 measuring {row.name}")
     extractor = zoo.extractor("classifier")
     measured = measure(extractor, watched(), condition.label_B, row.name)
-    statistics = Statistics.of(measured.feature_ND, extractor.fingerprint, row.name, measured.image_shape)
     bar.say(f"3/3 timing {row.name}")
     return {
         "name": row.name,
         "steps": _passes(row),
-        "frechet_distance": frechet_distance(statistics, zoo.reference().statistics),
+        "frechet_distance": frechet_distance(measured.statistics, zoo.reference().statistics),
         "accuracy": measured.accuracy,
         "ms_per_image": _milliseconds(row, bar, stop),
         "images": torch.cat(kept)[: row.pipeline.num_classes],

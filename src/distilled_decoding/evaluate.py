@@ -7,14 +7,13 @@ seed, so that shared noise cannot bring them together, and the teacher compared 
 Axis letters: B batch, S blocks, L tokens in a sequence, C image channels, H W image, D feature width, N images.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, stdev
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +24,14 @@ from distilled_decoding.codebook import nearest
 from distilled_decoding.condition import Labels
 from distilled_decoding.methods import Method, check_names, method
 from distilled_decoding.metrics.features import Extractor
-from distilled_decoding.metrics.frechet import Statistics, check_comparable, frechet_distance, warn_if_few
+from distilled_decoding.metrics.frechet import Statistics, frechet_distance, warn_if_few
 from distilled_decoding.metrics.kernel_distance import kernel_distance
 from distilled_decoding.metrics.precision_recall import precision_recall
-from distilled_decoding.metrics.reference import Measured, Reference, check_reference, measure
+from distilled_decoding.metrics.reference import MIN_IMAGES, Measured, Reference, check_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
-from distilled_decoding.records import first_difference, record
+from distilled_decoding.records import environment, first_difference, record
 from distilled_decoding.trajectories import Progress
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,8 @@ class EvaluationSettings:
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{what} must be given, each once, got {values}")
-        if self.num < 2 or self.keep < 0:
-            raise ValueError(f"num must be at least 2 and keep at least 0, got {self.num} and {self.keep}")
+        if self.num < MIN_IMAGES or self.keep < 0:
+            raise ValueError(f"num must be at least {MIN_IMAGES} and keep at least 0, got {self.num} and {self.keep}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Quality:
         precision: share of samples that look like real images.
         recall: share of real images that look like samples.
         accuracy: share of samples that are given the label they were asked for.
-        seconds_per_image: sampling and decoding, without measuring.
+        seconds_per_image: sampling and decoding, without the first batch, in which things warm up.
     """
 
     frechet_distance: float
@@ -96,7 +93,8 @@ class Likeness:
         ratio_to_teacher: Fréchet distance over the teacher's at the same seed.
         distance_to_teacher: Fréchet distance to the teacher's samples of the next seed; after the last comes the first.
         agreement_S: per block, the share of tokens that equal the teacher's on the same noise.
-        chance_S: likewise with the teacher's of the next seed: what one label brings about, whatever the noise.
+        chance_S: of the teacher itself, likewise with its tokens of the next seed: what one label brings about,
+            whatever the noise.
     """
 
     ratio_to_teacher: float | None
@@ -113,6 +111,7 @@ class Run:
         method: see `EvaluationSettings`.
         seed: the run seed.
         passes: forward passes of an image.
+        environment: versions, commit and machine when it was made.
         quality: measured when it was made.
         likeness: found when all runs are there.
     """
@@ -120,6 +119,7 @@ class Run:
     method: str
     seed: int
     passes: int
+    environment: dict[str, Any]
     quality: Quality
     likeness: Likeness
 
@@ -145,41 +145,42 @@ def evaluate(
     Raises:
         ValueError: model, extractor, reference, methods and what is in `out` do not fit each other.
     """
-    _check(pipeline, extractor, reference)
-    warn_if_few(settings.num, extractor)
+    check_reference(reference, extractor, pipeline.num_classes, pipeline.image_shape)
+    if "onestep" in settings.methods and settings.num < pipeline.num_classes:
+        raise ValueError(f"onestep needs samples of all {pipeline.num_classes} classes, got num {settings.num}")
+    warn_if_few(min(settings.num, reference.statistics.count or settings.num), extractor)
     condition = Labels.balanced(settings.num, pipeline.num_classes)
     keys = [(name, seed) for name in settings.methods for seed in settings.seeds]
 
     def samples(seed: int) -> tuple[Tensor, Tensor]:
-        return _tensors(out, "teacher", seed)["token_NL"].long(), condition.label_B
+        return _tokens(out, "teacher", seed), condition.label_B
 
     methods = {(name, seed): method(pipeline, name, partial(samples, seed)) for name, seed in keys}
     made_from = {
         key: {
             **one.made_from,
             "num": settings.num,
-            "keep": settings.keep,
+            "device": str(pipeline.device),
             "extractor": extractor.fingerprint,
-            "reference": sha256(reference.statistics.mean_D.numpy().tobytes()).hexdigest(),
+            "reference": reference.identity,
         }
         for key, one in methods.items()
     }
     # All are read before any is made: a folder that does not fit is refused at once, not after hours.
-    qualities = {key: quality for key in keys if (quality := _load(_path(out, *key), made_from[key]))}
+    found = {key: one for key in keys if (one := _load(_path(out, *key), made_from[key]))}
     asked = {name: made_from[name, settings.seeds[0]] for name in settings.methods}
     record(out, "evaluate", {**asdict(settings), "made_from": asked}, {"reference": reference.statistics.images})
     reference.save(out / "reference.safetensors")
     # The independent baseline goes last: it needs the teacher's samples.
     for key in sorted(keys, key=lambda key: key[0] == "onestep"):
-        if key in qualities:
+        if key in found:
             progress(settings.num)
         else:
-            saved_as = _path(out, *key), made_from[key]
-            qualities[key] = _measure(
-                pipeline, methods[key], condition, key[1], extractor, reference, saved_as, progress
-            )
+            sampled = _Sampled(pipeline, methods[key], condition, key[1], settings.keep, progress)
+            found[key] = sampled.measure(_path(out, *key), extractor, reference, made_from[key])
+    qualities = {key: quality for key, (quality, _) in found.items()}
     likenesses = _compare(out, qualities, settings.seeds, pipeline.teacher.order, reference.statistics)
-    return [Run(*key, methods[key].passes, qualities[key], likenesses[key]) for key in keys]
+    return [Run(*key, methods[key].passes, found[key][1], qualities[key], likenesses[key]) for key in keys]
 
 
 def kept_images(out: Path, method: str, seed: int) -> Tensor:
@@ -189,7 +190,7 @@ def kept_images(out: Path, method: str, seed: int) -> Tensor:
 
 def kept_features(out: Path, method: str, seed: int) -> Tensor:
     """The features of all images of a run, float32 [N, D]."""
-    return _tensors(out, method, seed)["feature_ND"]
+    return load_tensors(_path(out, method, seed).with_suffix(".features.safetensors"))[0]["feature_ND"]
 
 
 def summary(
@@ -203,7 +204,8 @@ def summary(
     """Everything measured, as JSON: every quantity of every method with its mean, spread and value per seed.
 
     Null stands for what was not measured; the teacher's `distance_to_teacher` is the floor of all others. A spread
-    is the standard deviation over seeds (n - 1), 0 for a single seed.
+    is the standard deviation over seeds (n - 1), 0 for a single seed. Versions, commit and machine are those of the
+    runs, not of this call.
     """
     order, real = pipeline.teacher.order, reference.statistics
     of = {name: [run for run in runs if run.method == name] for name in settings.methods}
@@ -226,7 +228,20 @@ def summary(
         "reference": {"images": real.images, "count": real.count},
         "chance": _agreement([run.likeness.chance_S for run in of.get("teacher", [])], order),
         "methods": {name: _summary(of[name], order) for name in settings.methods},
+        **_common([run.environment for run in runs]),
     }
+
+
+def _common(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record for all; a value in which they differ is "several"."""
+    first = dict(records[0])
+    for key, value in first.items():
+        values = [record[key] for record in records]
+        if isinstance(value, Mapping):
+            first[key] = _common(values)
+        elif any(other != value for other in values):
+            first[key] = "several"
+    return first
 
 
 def _summary(runs: Sequence[Run], order: BlockOrder) -> dict[str, Any]:
@@ -238,59 +253,52 @@ def _summary(runs: Sequence[Run], order: BlockOrder) -> dict[str, Any]:
     return {**values, "agreement": _agreement([run.likeness.agreement_S for run in runs], order)}
 
 
-def _check(pipeline: Pipeline, extractor: Extractor, reference: Reference) -> None:
-    """Refuse, before anything is sampled, what could not be compared afterwards."""
-    check_reference(reference, extractor, pipeline.num_classes)
-    blank_1LC = pipeline.teacher.codebook[:1].expand(1, pipeline.teacher.order.length, -1)
-    with torch.no_grad():
-        image_shape = tuple(pipeline.teacher.decode(blank_1LC).shape[1:])
-    real = reference.statistics
-    check_comparable(replace(real, images="the model's samples", image_shape=image_shape), real)
+class _Sampled:
+    """A run in the making: images go by once, and what must outlive them is kept."""
 
+    def __init__(
+        self, pipeline: Pipeline, way: Method, condition: Labels, seed: int, keep: int, progress: Progress
+    ) -> None:
+        self.condition, self.keep, self.progress = condition, keep, progress
+        self.codebook_VC = pipeline.teacher.codebook.cpu()
+        assert len(self.codebook_VC) <= 2**16, "tokens are stored as uint16"
+        key_N = image_keys("evaluation", seed, range(len(condition)))
+        self.made = pipeline.generate(way.codes, condition, key_N)
+        self.images: list[Tensor] = []
+        self.tokens: list[Tensor] = []
+        self.seconds: list[tuple[float, int]] = []
 
-def _measure(
-    pipeline: Pipeline,
-    way: Method,
-    condition: Labels,
-    seed: int,
-    extractor: Extractor,
-    reference: Reference,
-    saved_as: tuple[Path, Mapping[str, Any]],
-    progress: Progress,
-) -> Quality:
-    """Sample, score and save one run; its JSON goes last, so that half a run is never taken for one."""
-    path, made_from = saved_as
-    num, keep = len(condition), made_from["keep"]
-    kept: list[Tensor] = []
-    tokens: list[Tensor] = []
-    seconds = 0.0
-
-    def watched() -> Iterator[Tensor]:
-        nonlocal seconds
-        seen, key_N = 0, image_keys("evaluation", seed, range(num))
-        for (image_BCHW, code_BLC), spent in _timed(pipeline.generate(way.codes, condition, key_N)):
-            seconds += spent
-            kept.append(image_BCHW[: max(0, keep - seen)])
-            tokens.append(nearest(code_BLC, pipeline.teacher.codebook.cpu()).to(torch.uint16))
-            seen += len(image_BCHW)
+    def __iter__(self) -> Iterator[Tensor]:
+        begin = perf_counter()
+        for image_BCHW, code_BLC in self.made:
+            self.seconds.append((perf_counter() - begin, len(image_BCHW)))
+            self.images.append(image_BCHW[: max(0, self.keep - sum(map(len, self.images)))])
+            self.tokens.append(nearest(code_BLC, self.codebook_VC).to(torch.uint16))
             yield image_BCHW
-            progress(len(image_BCHW))
+            self.progress(len(image_BCHW))
+            begin = perf_counter()
 
-    measured = measure(extractor, watched(), condition.label_B, f"{path.stem}, {num} samples")
-    quality = _quality(measured, seconds / num, extractor, reference)
-    save_tensors(path.with_suffix(".safetensors"), {"feature_ND": measured.feature_ND, "token_NL": torch.cat(tokens)})
-    save_tensors(path.with_suffix(".images.safetensors"), {"image_NCHW": torch.cat(kept)})
-    save_json(path, {"made_from": made_from, **asdict(quality)})
-    return quality
+    def measure(
+        self, path: Path, extractor: Extractor, reference: Reference, made_from: Mapping[str, Any]
+    ) -> tuple[Quality, dict[str, Any]]:
+        """Score and save the run; its JSON goes last, so that half a run is never taken for one."""
+        measured = measure(extractor, self, self.condition.label_B, f"samples of {path.stem}")
+        timed = self.seconds[1:] or self.seconds
+        quality = _quality(measured, sum(s for s, _ in timed) / sum(num for _, num in timed), reference)
+        save_tensors(path.with_suffix(".features.safetensors"), {"feature_ND": measured.feature_ND})
+        save_tensors(path.with_suffix(".tokens.safetensors"), {"token_NL": torch.cat(self.tokens)})
+        save_tensors(path.with_suffix(".images.safetensors"), {"image_NCHW": torch.cat(self.images)})
+        place = environment()
+        save_json(path, {"made_from": made_from, **asdict(quality), "environment": place})
+        return quality, place
 
 
-def _quality(measured: Measured, seconds: float, extractor: Extractor, reference: Reference) -> Quality:
-    feature_ND, real_MD = measured.feature_ND, reference.feature_ND
-    statistics = Statistics.of(feature_ND, extractor.fingerprint, "samples", measured.image_shape)
-    precision, recall = (None, None) if real_MD is None else precision_recall(real_MD, feature_ND)
+def _quality(measured: Measured, seconds: float, reference: Reference) -> Quality:
+    real_MD = reference.feature_ND
+    precision, recall = (None, None) if real_MD is None else precision_recall(real_MD, measured.feature_ND)
     return Quality(
-        frechet_distance=frechet_distance(statistics, reference.statistics),
-        kernel_distance=None if real_MD is None else kernel_distance(real_MD, feature_ND),
+        frechet_distance=frechet_distance(measured.statistics, reference.statistics),
+        kernel_distance=None if real_MD is None else kernel_distance(real_MD, measured.feature_ND),
         inception_score=measured.inception_score,
         precision=precision,
         recall=recall,
@@ -299,26 +307,19 @@ def _quality(measured: Measured, seconds: float, extractor: Extractor, reference
     )
 
 
-def _timed(batches: Iterable[_T]) -> Iterator[tuple[_T, float]]:
-    """Each batch with the seconds that it took to make."""
-    begin = perf_counter()
-    for batch in batches:
-        yield batch, perf_counter() - begin
-        begin = perf_counter()
-
-
-def _load(path: Path, made_from: Mapping[str, Any]) -> Quality | None:
-    """What a finished run measured, or None; one made from something else is an error."""
+def _load(path: Path, made_from: Mapping[str, Any]) -> tuple[Quality, dict[str, Any]] | None:
+    """What a finished run measured, and where, or None; one made from something else is an error."""
     if not path.is_file():
         return None
     saved = load_json(path)
     try:
-        found, quality = saved["made_from"], Quality(**{field.name: saved[field.name] for field in fields(Quality)})
+        quality = Quality(**{field.name: saved[field.name] for field in fields(Quality)})
+        found, place = saved["made_from"], saved["environment"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} was not written by `evaluate`; choose another --out") from error
     if difference := first_difference(found, made_from):
         raise ValueError(f"{path} was made from something else: its {difference}; choose another --out")
-    return quality
+    return quality, place
 
 
 def _compare(
@@ -336,19 +337,21 @@ def _compare(
         if not teachers:
             likenesses[name, seed] = Likeness(None, None, None, None)
             continue
-        token_NL, other = _tensors(out, name, seed)["token_NL"], following[seed]
+        token_NL, other = _tokens(out, name, seed), following[seed]
+        of_teacher = qualities["teacher", seed].frechet_distance
+        with_other = other != seed
         likenesses[name, seed] = Likeness(
-            ratio_to_teacher=quality.frechet_distance / qualities["teacher", seed].frechet_distance,
-            distance_to_teacher=frechet_distance(statistics(name, seed), teachers[other]) if other != seed else None,
-            agreement_S=_equal(token_NL, _tensors(out, "teacher", seed)["token_NL"], order),
-            chance_S=_equal(token_NL, _tensors(out, "teacher", other)["token_NL"], order) if other != seed else None,
+            ratio_to_teacher=quality.frechet_distance / of_teacher if of_teacher > 0 else None,
+            distance_to_teacher=frechet_distance(statistics(name, seed), teachers[other]) if with_other else None,
+            agreement_S=_equal(token_NL, _tokens(out, "teacher", seed), order),
+            chance_S=_equal(token_NL, _tokens(out, name, other), order) if with_other and name == "teacher" else None,
         )
     return likenesses
 
 
 def _equal(token_NL: Tensor, teacher_NL: Tensor, order: BlockOrder) -> tuple[float, ...]:
     """Per block, the share of equal tokens."""
-    equal_L = (token_NL.int() == teacher_NL.int()).double().mean(0)
+    equal_L = (token_NL == teacher_NL).double().mean(0)
     return tuple(equal_L[order.span(block)].mean().item() for block in range(order.num_blocks))
 
 
@@ -373,9 +376,8 @@ def _moments(values: Sequence[float | None]) -> dict[str, Any] | None:
     return {"mean": fmean(measured), "spread": spread, "per_seed": measured}
 
 
-def _tensors(out: Path, method: str, seed: int) -> dict[str, Tensor]:
-    """`feature_ND` and `token_NL` of a run, read when needed: those of all runs together may be large."""
-    return load_tensors(_path(out, method, seed).with_suffix(".safetensors"))[0]
+def _tokens(out: Path, method: str, seed: int) -> Tensor:
+    return load_tensors(_path(out, method, seed).with_suffix(".tokens.safetensors"))[0]["token_NL"].long()
 
 
 def _path(out: Path, method: str, seed: int) -> Path:

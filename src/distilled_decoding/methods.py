@@ -62,7 +62,8 @@ def method(pipeline: Pipeline, name: str, samples: Callable[[], tuple[Tensor, Te
     num_blocks = pipeline.teacher.order.num_blocks
     kind, *numbers = name.split(":")
     if kind in ("onestep", "skip"):
-        made_from = {"baseline": name, **identity(pipeline, pipeline.plan("teacher-ancestral"))}
+        teacher = pipeline.plan("teacher" if kind == "onestep" else "teacher-ancestral")
+        made_from = {"baseline": name, **identity(pipeline, teacher)}
         if kind == "skip":
             skip = Skip(pipeline, int(numbers[0]))
             return Method(skip, num_blocks - skip.num_skipped, made_from)

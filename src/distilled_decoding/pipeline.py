@@ -186,6 +186,8 @@ class Pipeline:
         """
         if self.is_compiled:
             return self
+        # Asked of the compiled decoder, a single image would get a graph of its own.
+        _ = self.image_shape
         # The weights are shared; what is compiled takes the place of a method, in the copy alone.
         twin = copy(self)
         twin.teacher = copy(self.teacher)
@@ -212,7 +214,8 @@ class Pipeline:
             part.to(dtype)
         if self.student is not None:
             self.student.to(dtype)
-        self.__dict__.pop("fingerprint", None)
+        for name in ("fingerprint", "student_fingerprint"):
+            self.__dict__.pop(name, None)
 
     def with_settings(self, **settings: Any) -> "Pipeline":
         """The same models with other settings, fields of `PipelineConfig`.
@@ -268,6 +271,19 @@ class Pipeline:
     def num_classes(self) -> int:
         """Number of labels."""
         return self.teacher.num_classes
+
+    @cached_property
+    @torch.no_grad()
+    def image_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image."""
+        code_1LC = self.teacher.codebook[:1].expand(1, self.teacher.order.length, -1)
+        return tuple(self.teacher.decode(code_1LC).shape[1:])
+
+    @cached_property
+    def student_fingerprint(self) -> str:
+        """A hash of the student's weights."""
+        assert self.student is not None
+        return fingerprint(self.student)
 
     @cached_property
     def fingerprint(self) -> str:

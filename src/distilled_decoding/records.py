@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distilled_decoding.checkpoint import fingerprint, load_json, save_json
+from distilled_decoding.checkpoint import load_json, save_json
 
 if TYPE_CHECKING:
     from distilled_decoding.pipeline import Pipeline
@@ -85,8 +85,7 @@ def identity(pipeline: "Pipeline", plan: "Plan") -> dict[str, Any]:
         "compiled": pipeline.is_compiled,
     }
     if plan.schedule:
-        assert pipeline.student is not None
-        values |= {"student": fingerprint(pipeline.student), "split_block": config.split_block}
+        values |= {"student": pipeline.student_fingerprint, "split_block": config.split_block}
     return _plain(values)
 
 

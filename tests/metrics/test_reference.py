@@ -57,7 +57,7 @@ def test_measuring_in_batches_is_measuring_at_once():
     scores = extractor().scores(image_NCHW)
     label_N = torch.arange(30) % 2
     measured = measure(extractor(), image_NCHW.split(7), label_N, "noise")
-    assert torch.equal(measured.feature_ND, scores.feature_BD) and measured.image_shape == (3, 8, 8)
+    assert torch.equal(measured.feature_ND, scores.feature_BD) and measured.statistics.image_shape == (3, 8, 8)
     assert measured.accuracy == pytest.approx((scores.logits_BV.argmax(1) == label_N).float().mean().item())
     assert measured.inception_score == inception_score(scores.logits_BV)
 
@@ -81,7 +81,7 @@ def test_images_that_cannot_be_measured_are_refused():
 
 def test_the_shipped_reference_is_of_the_shipped_classifier():
     reference, features = zoo.reference(), zoo.extractor("classifier")
-    check_reference(reference, features, num_classes=10)
+    check_reference(reference, features, 10, (1, 32, 32))
     statistics = reference.statistics
     assert (statistics.count, statistics.image_shape) == (10_000, (1, 32, 32)) and len(reference.sha256) == 64
     again = Statistics.of(reference.feature_ND, features.fingerprint, "again", None)
@@ -107,8 +107,10 @@ def test_a_reference_of_another_extractor_or_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'noise' was measured with classifier \(abc\), not with inception \(def\)"):
         read_reference(path, extractor("inception", "def"))
     with pytest.raises(ValueError, match="of a classifier of 2 classes, the model has 10"):
-        check_reference(made, extractor(), num_classes=10)
-    check_reference(made, extractor(num_classes=None), num_classes=10)
+        check_reference(made, extractor(), 10, (3, 8, 8))
+    check_reference(made, extractor(num_classes=None), 10, (3, 8, 8))
+    with pytest.raises(ValueError, match="'noise' are 3 x 8 x 8 .*, the model makes 3 x 16 x 16"):
+        check_reference(made, extractor(num_classes=None), 10, (3, 16, 16))
     save_tensors(path, {"weight": torch.zeros(2)})
     with pytest.raises(ValueError, match="holds no reference of images .found weight"):
         read_reference(path, extractor())

@@ -224,7 +224,9 @@ def _scores(
                 f"the features read images of {' or '.join(map(str, sorted(channels)))} channels, but these have "
                 f"{image_BCHW.shape[1]}; choose other features"
             )
-        parts = [network(part.to(device).float()) for part in image_BCHW.split(_MICRO_BATCH)]
+        # On a GPU convolutions would round their operands, and its features differ from those of a CPU.
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            parts = [network(part.to(device).float()) for part in image_BCHW.split(_MICRO_BATCH)]
         return Scores(*(torch.cat([value.cpu() for value in values]) for values in zip(*parts, strict=True)))
 
     return scores

@@ -22,6 +22,9 @@ from distilled_decoding.metrics.features import Extractor
 from distilled_decoding.metrics.frechet import Statistics
 from distilled_decoding.metrics.inception_score import inception_score
 
+MIN_IMAGES = 4
+"""Precision and recall look at three neighbours."""
+
 _BATCH = 250
 _PICTURES = (".png", ".jpg", ".jpeg")
 
@@ -31,15 +34,15 @@ class Measured:
     """What is known of a set of images after an extractor has seen them.
 
     Attributes:
+        statistics: of the features.
         feature_ND: float32, in the order of the images.
-        image_shape: channels, height and width.
         inception_score: of the extractor's own logits.
         accuracy: share of the images that are given their label; None without labels, or when the extractor's
             classes are not those of the labels.
     """
 
+    statistics: Statistics
     feature_ND: Tensor
-    image_shape: tuple[int, int, int]
     inception_score: float
     accuracy: float | None
 
@@ -50,7 +53,7 @@ class Reference:
 
     Attributes:
         statistics: of their features.
-        feature_ND: the features, float32 (float16 is saved as such); None when only a Fréchet distance can be computed.
+        feature_ND: the features; None when only a Fréchet distance can be computed.
         features: name of the extractor.
         sha256: of the bytes of the images; empty when there are none but their statistics.
     """
@@ -59,6 +62,16 @@ class Reference:
     feature_ND: Tensor | None
     features: str
     sha256: str
+
+    @property
+    def identity(self) -> str:
+        """A hash of what is compared with: the images, and mean and covariance where those are of others."""
+        if self.statistics.count is not None:
+            return self.sha256
+        digest = sha256(self.sha256.encode())
+        for moment in (self.statistics.mean_D, self.statistics.covariance_DD):
+            digest.update(moment.numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write a safetensors file whose metadata says what images these are and what measured them."""
@@ -100,7 +113,7 @@ class Reference:
 
 
 def measure(extractor: Extractor, images: Iterable[Tensor], label_N: Tensor | None, name: str) -> Measured:
-    """Features, Inception Score and class accuracy of images that come batch after batch.
+    """Features, their statistics, Inception Score and class accuracy of images that come batch after batch.
 
     Args:
         extractor: of the features.
@@ -109,8 +122,8 @@ def measure(extractor: Extractor, images: Iterable[Tensor], label_N: Tensor | No
         name: what the images are, in words.
 
     Raises:
-        ValueError: no image, images of several shapes or of channels that the extractor does not read, or another
-            number of labels.
+        ValueError: fewer than two images, images of several shapes or of channels that the extractor does not read,
+            or another number of labels.
     """
     features, logits = [], []
     shapes: set[tuple[int, int, int]] = set()
@@ -128,7 +141,8 @@ def measure(extractor: Extractor, images: Iterable[Tensor], label_N: Tensor | No
         if len(label_N) != len(logits_NV):
             raise ValueError(f"{name} are {len(logits_NV)} images, but there are {len(label_N)} labels")
         accuracy = (logits_NV.argmax(1) == label_N.cpu()).double().mean().item()
-    return Measured(feature_ND, shapes.pop(), inception_score(logits_NV), accuracy)
+    statistics = Statistics.of(feature_ND, extractor.fingerprint, name, shapes.pop())
+    return Measured(statistics, feature_ND, inception_score(logits_NV), accuracy)
 
 
 def make_reference(extractor: Extractor, images: Iterable[Tensor], name: str) -> Reference:
@@ -140,7 +154,7 @@ def make_reference(extractor: Extractor, images: Iterable[Tensor], name: str) ->
         name: what the images are, in words.
 
     Raises:
-        ValueError: see `measure`; fewer than two images.
+        ValueError: see `measure`.
     """
     digest = sha256()
 
@@ -150,15 +164,15 @@ def make_reference(extractor: Extractor, images: Iterable[Tensor], name: str) ->
             yield image_BCHW
 
     measured = measure(extractor, watched(), None, name)
-    statistics = Statistics.of(measured.feature_ND, extractor.fingerprint, name, measured.image_shape)
-    return Reference(statistics, measured.feature_ND, extractor.name, digest.hexdigest())
+    return Reference(measured.statistics, measured.feature_ND, extractor.name, digest.hexdigest())
 
 
-def check_reference(reference: Reference, extractor: Extractor, num_classes: int) -> None:
-    """Refuse a reference or an extractor that cannot measure a model of `num_classes` classes.
+def check_reference(reference: Reference, extractor: Extractor, num_classes: int, image_shape: tuple[int, ...]) -> None:
+    """Refuse a reference or an extractor that cannot measure a model of these classes and images.
 
     Raises:
-        ValueError: the extractor knows other classes, or the reference is of another extractor.
+        ValueError: the extractor knows other classes, or the reference is of another extractor, of images of another
+            shape or of too few.
     """
     if extractor.num_classes not in (None, num_classes):
         raise ValueError(
@@ -166,6 +180,15 @@ def check_reference(reference: Reference, extractor: Extractor, num_classes: int
             f"{num_classes}; choose other features"
         )
     _check_extractor(reference, extractor)
+    real = reference.statistics
+    if real.image_shape is not None and real.image_shape != image_shape:
+        shapes = [" x ".join(map(str, shape)) for shape in (real.image_shape, image_shape)]
+        raise ValueError(
+            f"{real.images!r} are {shapes[0]} (channels, height, width), the model makes {shapes[1]}; "
+            "give real images as the model makes them"
+        )
+    if real.count is not None and real.count < MIN_IMAGES:
+        raise ValueError(f"{real.images!r} are {real.count} images; a comparison needs at least {MIN_IMAGES}")
 
 
 def read_reference(path: Path, extractor: Extractor) -> Reference:
@@ -263,7 +286,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
 
 
@@ -277,6 +300,8 @@ def _npz_moment(path: Path, key: str, shape: tuple[int, ...]) -> Tensor:
         array = np.lib.format.read_array(file, allow_pickle=False)
         if array.shape != shape or array.dtype.kind != "f":
             raise ValueError(f"{key} must be floats of shape {shape}, got {array.dtype} of {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{key} is not finite")
         return torch.from_numpy(array.astype(np.float64))
 
 
