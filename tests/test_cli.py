@@ -365,7 +365,7 @@ def test_every_field_of_json_is_documented(
         "evaluate": [model, "--num", 6, "--seeds", 0, 1, "--methods", "teacher", 1, "--out", tmp_path / "e"],
         "demo": ["--model", model, "--fast", "--out", tmp_path / "demo"],
         "bench": [model, "--batches", 1, "--repeats", 1, "--out", tmp_path / "b"],
-        "report": [tmp_path / "b", "--out", tmp_path / "r"],
+        "report": [tmp_path / "e", tmp_path / "b", "--out", tmp_path / "r"],
         "convert": [*VAR, "--out", tmp_path / "c"],
         "verify": [made],
         "trajectories --plan": [model, "--num", 8],

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from distilled_decoding.metrics.reference import make_reference
 from distilled_decoding.neighbours import neighbours
 from distilled_decoding.report import markdown_table, method_name, report
 from distilled_decoding.report_page import html
+from distilled_decoding.teacher import TeacherSampling
 
 MACHINE = {"processor": "Abacus", "cores": 2, "threads": 1, "gpu": None}
 PLACE = {"versions": {"distilled_decoding": "1", "torch": "2"}, "commit": "0123456789", "dirty": False}
@@ -54,6 +56,8 @@ def summary(model: str = "toy", **changes: Any) -> dict[str, Any]:
         "batch_size": 50,
         "dtype": "float32",
         "compiled": False,
+        "device": "cpu",
+        "sampling": asdict(TeacherSampling(guidance_scale=3, guidance_ramp="linear", top_k=112, top_p=0.95)),
         "features": features,
         "reference": {"images": "real images", "count": 2000},
         "chance": {"tokens": moments(0.1), "blocks": [0.1, 0.1]},
@@ -103,6 +107,7 @@ def test_a_table_has_the_columns_that_were_measured_and_says_how() -> None:
     for words in (
         "1,000 balanced samples at each of seeds 0, 1; mean ± standard deviation",
         "`classifier` (abcdef), to 2,000 real images.",
+        "The teacher samples with guidance 3, growing linearly, top-k 112, top-p 0.95. ",
         "float32, 50 images at once, on Abacus, 1 thread, torch 2, distilled-decoding 1, commit 0123456.",
     ):
         assert words in lines[6]
@@ -301,12 +306,16 @@ def test_with_training_images_the_report_answers_whether_the_student_copies(
     folder, training = evaluated(tmp_path / "e", summary()), images(200, 1)
     # The student's samples are the training images 0 ... 23 themselves, see `evaluated`.
     training[:24] = images(24, 1)
-    save_tensors(folder / "1-seed0.safetensors", {"feature_ND": pixels(images(24, 1))})
+    save_tensors(folder / "1-seed0.features.safetensors", {"feature_ND": pixels(images(24, 1))})
     make_reference(extractor, [images(100, 9)], "real images").save(folder / "reference.safetensors")
     np.savez(tmp_path / "training.npz", arr_0=training.permute(0, 2, 3, 1).numpy())
     files = report([folder], tmp_path / "out", tmp_path / "training.npz")
     assert "neighbours-toy.png" in {path.name for path in files}
     assert "| samples, 1 step | 0.000 | 100.00% |" in files[0].read_text()
+    # A published reference may be of training images; then there is nothing to compare with.
+    make_reference(extractor, [training], "real images").save(folder / "reference.safetensors")
+    text = report([folder], tmp_path / "out", tmp_path / "training.npz")[0].read_text()
+    assert "| samples, 1 step | 0.000 |\n" in text and "nearer than 1%" not in text
     other = SimpleNamespace(fingerprint="fedcba")
     monkeypatch.setattr(neighbours_module.zoo, "extractor", lambda name, device="cpu", weights=None: other)
     with pytest.raises(ValueError, match="classifier abcdef, but here it is fedcba"):

@@ -42,11 +42,12 @@ class Neighbours:
     def suspicious(self) -> float | None:
         """Share of samples that are nearer to a training image than one in a hundred test images is.
 
-        A model that has learnt the distribution and copied nothing has about 1%.
+        A model that has learnt the distribution and copied nothing has about 1%. None without test images, also when
+        those that were given turn out to be training images, as many published references are.
         """
-        if self.test_M is None:
+        if self.test_M is None or (near := self.test_M.quantile(0.01)) == 0:
             return None
-        return float((self.sample_N < self.test_M.quantile(0.01)).double().mean())
+        return float((self.sample_N < near).double().mean())
 
 
 def nearest_training_images(

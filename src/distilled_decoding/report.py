@@ -180,14 +180,26 @@ def _note(summary: Mapping[str, Any]) -> str:
     real = images if count is None else f"{count:,} {images}"
     machine, versions = summary["machine"], summary["versions"]
     where = f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-    where += f", {machine['gpu']}" if machine["gpu"] else ""
+    where += f", {machine['gpu']}" if summary["device"].startswith("cuda") else ""
     commit = f", commit {summary['commit'][:7]}{' with changes' * bool(summary['dirty'])}" if summary["commit"] else ""
     return (
         f"{summary['num']:,} balanced samples at {which}. Distances in the features of `{features['name']}` "
         f"({features['extractor'][:12]}), to {real}{floor}."
-        f"{equal} Sampled in {summary['dtype']}{', compiled' * summary['compiled']}, {summary['batch_size']} images at "
+        f"{equal} The teacher samples with {_sampling(summary['sampling'])}. "
+        f"Sampled in {summary['dtype']}{', compiled' * summary['compiled']}, {summary['batch_size']} images at "
         f"once, on {where}, torch {versions['torch']}, distilled-decoding {versions['distilled_decoding']}{commit}."
     )
+
+
+def _sampling(sampling: Mapping[str, Any]) -> str:
+    """A teacher's settings in words; what is off is left out."""
+    parts = [f"guidance {sampling['guidance_scale']:g}"]
+    parts += ["growing linearly"] * (sampling["guidance_ramp"] == "linear")
+    parts += [f"on {sampling['guidance_blocks']} blocks"] * (sampling["guidance_blocks"] is not None)
+    parts += [f"temperature {sampling['temperature']:g}"] * (sampling["temperature"] != 1)
+    parts += [f"top-k {sampling['top_k']}"] * (sampling["top_k"] > 0)
+    parts += [f"top-p {sampling['top_p']:g}"] * (sampling["top_p"] < 1)
+    return ", ".join(parts)
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
@@ -321,22 +333,23 @@ def _memory(one: _Evaluated, training: Path, inception_weights: Path | None, dev
     if method not in summary["methods"]:
         return []
     found = nearest_training_images(one.folder, summary, method, training, inception_weights, device)
-    figures.neighbours_figure(found.image_NCHW, found.nearest_NKCHW, out / picture)
-    name = method_name(method)
-    rows = [["images", "median distance to the nearest training image", "nearer than 1% of the test images are"]]
-    share = "-" if found.suspicious is None else f"{found.suspicious:.2%}"
-    rows.append([f"samples, {name}", f"{found.sample_N.median():.3f}", share])
-    if found.test_M is not None:
+    name, parts = method_name(method), []
+    if len(found.image_NCHW):
+        figures.neighbours_figure(found.image_NCHW, found.nearest_NKCHW, out / picture)
+        parts = [f"![samples of {name} and their nearest training images]({picture})"]
+    rows = [["images", "median distance to the nearest training image"]]
+    rows.append([f"samples, {name}", f"{found.sample_N.median():.3f}"])
+    text = f"Of {found.count:,} training images, in the features of the table above; {len(found.sample_N):,} samples."
+    if found.suspicious is not None and found.test_M is not None:
+        rows[0].append("nearer than 1% of the real images are")
+        rows[1].append(f"{found.suspicious:.2%}")
         rows.append([summary["reference"]["images"], f"{found.test_M.median():.3f}", "1.00%"])
-    return [
-        f"### Nearest training images of {one.title}",
-        f"![samples of {name} and their nearest training images]({picture})",
-        table(rows),
-        f"Of {found.count:,} training images, in the features of the table above; {len(found.sample_N):,} samples. A "
-        "model that learnt the distribution and copied nothing is as far from its training images as real test images "
-        "are, and has about 1% in the last column; copies would make the distance smaller and the share larger, and "
-        "so would samples more typical than real images are: the picture tells.",
-    ]
+        text += (
+            " A model that learnt the distribution and copied nothing is as far from its training images as real "
+            "images that it has not seen are, and has about 1% in the last column; copies would make the distance "
+            "smaller and the share larger, and so would samples more typical than real images are: the picture tells."
+        )
+    return [f"### Nearest training images of {one.title}", *parts, table(rows), text]
 
 
 def _speed(benches: Mapping[str, dict[str, Any]], out: Path) -> list[str]:
