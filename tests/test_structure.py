@@ -33,6 +33,13 @@ def test_families_import_only_what_they_build_on() -> None:
         assert imported(path) <= FOR_FAMILIES, path
 
 
+def test_measuring_builds_on_nothing_that_shows_its_results() -> None:
+    for path in (SOURCE / "metrics").glob("*.py"):
+        assert imported(path) <= {"checkpoint", "metrics"}, path
+    for module in ("baselines", "methods", "evaluate"):
+        assert not imported(SOURCE / f"{module}.py") & {"report", "neighbours", "commands", "cli"}, module
+
+
 def test_no_family_is_named_outside_families() -> None:
     for module in METHOD:
         nodes = ast.walk(ast.parse((SOURCE / f"{module}.py").read_text()))
