@@ -1,5 +1,6 @@
 """What the README says is typed is typed here, at small size, on the shipped model."""
 
+import json
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distilled_decoding import cli, demo
+from distilled_decoding.report import markdown_table
 from tests.test_convert import VAR
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -51,6 +53,15 @@ def test_commands(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_demo_leaves_a_picture_and_a_table(folder: Path) -> None:
     assert (folder / "demo" / "grid.png").is_file()
     assert "shipped student, 2 steps" in (folder / "demo" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("model", ["fashion-llamagen", "fashion-var"])
+def test_tables_of_quality_are_what_report_makes_of_the_measurements(model: str) -> None:
+    root = Path(__file__).parent.parent
+    measured = root / "benchmarks" / "2026-11-21-epyc-2-cores" / f"{model}-evaluation" / "summary.json"
+    text = markdown_table(json.loads(measured.read_text()))
+    assert text.split("\n\n")[0] in README
+    assert text in (root / "src" / "distilled_decoding" / "zoo" / model / "README.md").read_text()
 
 
 def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
