@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from distilled_decoding.losses import (
     distillation_loss,
     perceptual_loss,
 )
-from distilled_decoding.noise import gaussian_noise, image_keys, uniform
+from distilled_decoding.noise import gaussian_noise, image_keys, shuffled, uniform
 from distilled_decoding.store import Shard
 from distilled_decoding.student import StudentOutput, soft_sequence
 from distilled_decoding.teacher import Teacher, draw
@@ -127,20 +126,14 @@ def learning_rate_at(update: int, settings: DistillSettings) -> float:
     return settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_trajectories: int) -> Tensor:
-    """The order of the trajectories in one pass over them, int64 [N]."""
-    key_1 = image_keys("training", seed, [epoch])
-    return uniform(key_1, num_trajectories, stream=2)[0].argsort(stable=True)
-
-
 def batch_indices(update: int, settings: DistillSettings, num_trajectories: int) -> Tensor:
-    """The trajectories of an update, int64 [B]: passes over all of them, laid end to end."""
+    """The trajectories of an update, int64 [B]: passes over all of them, in ever new orders, laid end to end."""
     place_B = torch.arange(update * settings.batch_size, (update + 1) * settings.batch_size)
     epoch_B, index_B = place_B // num_trajectories, place_B % num_trajectories
     for epoch in epoch_B.unique().tolist():
         chosen_B = epoch_B == epoch
-        index_B[chosen_B] = epoch_order(settings.seed, epoch, num_trajectories)[index_B[chosen_B]]
+        key_1 = image_keys("training", settings.seed, [epoch])
+        index_B[chosen_B] = shuffled(index_B[chosen_B], num_trajectories, key_1)
     return index_B
 
 
