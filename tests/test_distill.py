@@ -21,6 +21,7 @@ from distilled_decoding.losses import LossWeights, corrupt, distillation_loss, p
 from distilled_decoding.noise import image_keys
 from distilled_decoding.sampling import Plan
 from distilled_decoding.student import StudentOutput, soft_sequence
+from distilled_decoding.training_state import Checkpoints
 from tests import tiny
 
 SETTINGS = DistillSettings(
@@ -37,8 +38,13 @@ def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | 
         losses.append(float(update.losses.total.detach()))
         return update.number != stop_after
 
-    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, tmp_path / "state.safetensors", on_update)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, checkpoints, on_update)
     return student, losses
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
@@ -48,7 +54,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
     resumed, second = run(tmp_path / "parts")
     assert first + second == losses
     assert tiny.same_weights(whole, resumed)
-    assert (tmp_path / "whole/state.safetensors").read_bytes() == (tmp_path / "parts/state.safetensors").read_bytes()
+    assert files(tmp_path / "whole/checkpoints") == files(tmp_path / "parts/checkpoints")
 
 
 def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
@@ -57,9 +63,8 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
     settings = DistillSettings(
         num_updates=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
     )
-    student = distill(
-        pipe.teacher, pipe.new_student(0), shard, settings, 16, tmp_path / "s.safetensors", lambda u: True
-    )
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, checkpoints, lambda u: True)
     trained = pipe.with_student(student, settings.start_blocks, split_block=16)
     condition = Labels(shard.label_N, 3)
     expected = lookup(shard.token_NL, pipe.teacher.codebook)
@@ -157,7 +162,7 @@ def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) 
             p.grad is None or p.grad.abs().max() == 0 for n, p in student.named_parameters() if n.startswith(idle)
         )
     with pytest.raises(ValueError, match="needs an image distance"):
-        distill(pipe.teacher, student, shard, settings, 16, tmp_path / "s.safetensors", lambda u: True)
+        distill(pipe.teacher, student, shard, settings, 16, Checkpoints(tmp_path / "checkpoints"), lambda u: True)
 
 
 @pytest.mark.parametrize(

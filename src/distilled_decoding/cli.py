@@ -6,15 +6,15 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
-from distilled_decoding import commands, describe
+from distilled_decoding import commands, describe, processes
 from distilled_decoding.bench import BenchSettings, bench_table
 from distilled_decoding.bench import bench as run_bench
 from distilled_decoding.demo import demo_table, run_demo
@@ -23,6 +23,7 @@ from distilled_decoding.evaluate import EvaluationSettings
 from distilled_decoding.flags import flags_for, override
 from distilled_decoding.metrics.features import FeatureName
 from distilled_decoding.originals import Weights
+from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import DTYPES, Pipeline, Steps
 from distilled_decoding.progress import Stopped
 from distilled_decoding.report import markdown_table
@@ -136,6 +137,8 @@ def distill(
     out: Path | None = None,
     split_block: int | None = None,
     perceptual: Perceptual = "none",
+    upkeep: Annotated[commands.Upkeep, OmitArgPrefixes] = commands.Upkeep(),  # noqa: B008 - frozen
+    run: Annotated[RunSettings, OmitArgPrefixes] = RunSettings(),  # noqa: B008 - frozen
     device: str = "cpu",
     plan: bool = False,
     json: bool = False,
@@ -149,6 +152,8 @@ def distill(
         out: folder of the new pipeline; checkpoints and the log lie beneath.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
+        upkeep: what is written while it trains.
+        run: how the work is laid out; `torchrun --nproc-per-node N -m distilled_decoding distill ...` shares it.
         device: cpu, cuda, cuda:1 ... or mps.
         plan: only say what it would need; MODEL may then also be the name of a published model.
         json: print one JSON object.
@@ -157,13 +162,17 @@ def distill(
         num = None if trajectories is None else TrajectoryStore.open(trajectories).num_trajectories
         pipeline, device = describe.skeleton(model), commands.check_device(device)
         training = override(pipeline.config.training, settings)
-        _print(commands.plan_distillation(pipeline, num, training, split_block, perceptual, device), json)
+        _print(commands.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
         return
     store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
     out = _needed(out, "--out")
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
-    trained = commands.distill_student(model, pipeline, store, out, training, split_block, perceptual)
+    trained = commands.distill_student(
+        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run
+    )
+    if not processes.is_first():
+        return
     _print({"pipeline": str(out), **describe.info(trained)}, json)
 
 
@@ -349,7 +358,7 @@ def main() -> None:
     try:
         _one_process()
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="distilled-decoding", sort_subcommands=False)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         console.print(Text.assemble(("error:", "red"), f" {_sentence(error)}"), soft_wrap=True)
         raise SystemExit(2) from None
     except Stopped as stopped:

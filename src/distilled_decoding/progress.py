@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distilled_decoding.processes import is_first
+
 
 class Stopped(Exception):  # noqa: N818
     """The user asked to stop; what was finished is kept."""
@@ -84,7 +86,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Bar]:
-    """A bar on standard error with the time elapsed and left."""
+    """A bar on standard error with the time elapsed and left; of several processes, the first shows it."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -94,5 +96,5 @@ def progress_bar(description: str, total: int) -> Iterator[Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not is_first()) as progress:
         yield Bar(progress, description, total)
