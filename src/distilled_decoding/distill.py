@@ -31,7 +31,7 @@ from distilled_decoding.losses import (
     perceptual_loss,
 )
 from distilled_decoding.noise import gaussian_noise, image_keys, uniform
-from distilled_decoding.store import Shard
+from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.student import StudentOutput, soft_sequence
 from distilled_decoding.teacher import Teacher, draw
 
@@ -210,7 +210,7 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
 def distill(
     teacher: Teacher,
     student: nn.Module,
-    trajectories: Shard,
+    trajectories: Shard | TrajectoryStore,
     settings: DistillSettings,
     split_block: int,
     state: Path,
