@@ -60,8 +60,8 @@ def data_bytes(folder: Path) -> int:
 
 
 def make(folder: Path, teacher: torch.nn.Module, settings: TrajectorySettings, num: int) -> TrajectoryStore:
-    store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash"))
-    generate(teacher, store, settings, num, lambda items: None)
+    store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash"), num)
+    generate(teacher, store, settings, lambda items: None)
     return store
 
 
@@ -95,7 +95,7 @@ def test_memory_of_trajectories_is_what_torch_allocates(tmp_path: Path, family: 
 @FAMILIES
 def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str) -> None:
     pipe = tiny.pipeline(family=family)
-    student, shard = pipe.new_student(0), tiny.store(tmp_path / "trajectories", pipe).load()
+    student, shard = pipe.new_student(0), tiny.shard(tmp_path / "trajectories", pipe)
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
 
     def work() -> None:

@@ -31,7 +31,7 @@ SETTINGS = DistillSettings(
 
 def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | None = None):
     pipe = tiny.pipeline()
-    shard = tiny.store(tmp_path / "trajectories", pipe).load()
+    shard = tiny.shard(tmp_path / "trajectories", pipe)
     losses: list[float] = []
 
     def on_update(update: Update) -> bool:
@@ -59,7 +59,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
 
 def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
-    shard = tiny.store(tmp_path / "trajectories", pipe).load()[:8]
+    shard = tiny.shard(tmp_path / "trajectories", pipe)[:8]
     settings = DistillSettings(
         num_updates=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
     )
@@ -149,7 +149,7 @@ def test_gradient_of_the_perceptual_loss_goes_through_the_decoder() -> None:
 
 def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
-    shard = tiny.store(tmp_path / "trajectories", pipe).load()[:4]
+    shard = tiny.shard(tmp_path / "trajectories", pipe)[:4]
     settings = replace(SETTINGS, loss=LossWeights(0, 0, 1))
     student = pipe.new_student(0)
     known_blocks_B = torch.zeros(4, dtype=torch.long)

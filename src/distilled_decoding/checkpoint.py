@@ -185,6 +185,24 @@ def _parse(hint: Any, value: Any, source: str) -> Any:
     return tuple(value) if typing.get_origin(hint) is tuple else value
 
 
+def first_difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    """The first value in which two nested records differ, such as `settings.seed is 0, not 1`; None when none does."""
+    flat_found, flat_asked = _flat(found), _flat(asked)
+    for key in {**flat_found, **flat_asked}:
+        a, b = (json.dumps(flat[key]) if key in flat else "absent" for flat in (flat_found, flat_asked))
+        if a != b:
+            return f"{key} is {a}, not {b}"
+    return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
 def save_training(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], step: int) -> None:
     """Write everything a training loop needs to go on after `step` updates."""
     tensors = {f"{name}/{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}

@@ -1,10 +1,9 @@
 """The command line: arguments in, printing out. `distilled-decoding COMMAND --help` explains each command."""
 
 import json as json_format
-import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,7 +158,7 @@ def distill(
         json: print one JSON object.
     """
     if plan:
-        num = None if trajectories is None else TrajectoryStore.open(trajectories).num_trajectories
+        num = None if trajectories is None else len(TrajectoryStore.open(trajectories))
         pipeline, device = describe.skeleton(model), commands.check_device(device)
         training = override(pipeline.config.training, settings)
         _print(commands.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
@@ -214,14 +213,17 @@ def convert(
     _print(commands.save_converted(pipeline, out), json)
 
 
-def verify(path: Positional[Path], json: bool = False) -> None:
+def verify(path: Positional[Path], repair: str | None = None, device: str = "cpu", json: bool = False) -> None:
     """Check the hashes of a folder of trajectories or of a model; exit code 1 when something is wrong.
 
     Args:
         path: the folder.
+        repair: the model that made the trajectories: makes those again that are missing or damaged, and no others.
+        device: cpu, cuda, cuda:1 ... or mps; for --repair.
         json: print one JSON object.
     """
-    found = commands.verify(path)
+    device = commands.check_device(device)
+    found = commands.verify(path) if repair is None else commands.repair(path, repair, device)
     _print(found, json)
     if found["problems"]:
         raise SystemExit(1)
@@ -356,13 +358,15 @@ def main() -> None:
     # What torch tells its own developers while it compiles is of no use here.
     warnings.filterwarnings("ignore", module=r"torch\.")
     try:
-        _one_process()
+        _check_processes(sys.argv[1:])
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="distilled-decoding", sort_subcommands=False)
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
-        console.print(Text.assemble(("error:", "red"), f" {_sentence(error)}"), soft_wrap=True)
+        where = "" if processes.is_first() else f" in process {processes.rank()}"
+        console.print(Text.assemble((f"error{where}:", "red"), f" {_sentence(error)}"), soft_wrap=True)
         raise SystemExit(2) from None
     except Stopped as stopped:
-        console.print(str(stopped))
+        if processes.is_first():
+            console.print(str(stopped))
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         console.print("stopped")
@@ -373,10 +377,10 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)  # not by the console: a progress bar would not make room
 
 
-def _one_process() -> None:
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise ValueError(f"WORLD_SIZE is {size}, but this version runs in one process; start it without torchrun")
+def _check_processes(words: Sequence[str]) -> None:
+    command, size = " ".join(words[:1]), processes.world_size()
+    if size > 1 and command not in ("trajectories", "distill"):
+        raise ValueError(f"WORLD_SIZE is {size}, but {command} runs in one process; start it without torchrun")
 
 
 def _sentence(error: Exception) -> str:
@@ -411,6 +415,8 @@ def _steps(text: str | None) -> Steps | None:
 
 
 def _print(values: Mapping[str, Any], as_json: bool, table: str | None = None) -> None:
+    if not processes.is_first():
+        return
     if as_json:
         print(json_format.dumps(values))
     elif table is not None:

@@ -3,22 +3,21 @@
 Axis letters: N images.
 """
 
-import hashlib
-import json
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import Store
 
 from distilled_decoding import processes, trajectories, zoo
-from distilled_decoding.checkpoint import save_json, save_text
+from distilled_decoding.checkpoint import from_json, save_json, save_text
 from distilled_decoding.condition import Labels
 from distilled_decoding.cost import distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.describe import info
@@ -181,26 +180,47 @@ def make_trajectories(
         How many there are, how many were made now, and the seconds it took.
 
     Raises:
-        ValueError: counts that are not positive, or a folder that holds another run.
+        ValueError: counts that are not positive, or a folder that holds another run or that another process writes.
         Stopped: the user asked to stop.
     """
     num = _count(pipeline, num)
     pipeline.check_labels()
     manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint)
-    store = TrajectoryStore.create(out, manifest)
-    record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
-    found = store.num_trajectories
     begin = time.perf_counter()
-    with stop_signal() as stop, progress_bar(title, num) as bar:
+    with processes.group(str(pipeline.device)) as shared, ExitStack() as held:
+
+        def prepare() -> None:
+            held.enter_context(processes.only_writer(out))
+            TrajectoryStore.create(out, manifest, num)
+            record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
+
+        processes.first_acts(prepare)
+        store = TrajectoryStore.open(out)
+        made = _fill_store(pipeline, store, settings, shared, title)
+    return {"trajectories": len(store), "made": made, "seconds": round(time.perf_counter() - begin, 3)}
+
+
+def _fill_store(
+    pipeline: Pipeline,
+    store: TrajectoryStore,
+    settings: trajectories.TrajectorySettings,
+    shared: Store,
+    title: str,
+) -> int:
+    """Make this process's part of what is missing; the first waits for the others. Returns how many all made."""
+    with stop_signal() as stop, progress_bar(title, len(store)) as bar:
 
         def progress(items: int) -> None:
-            bar.advance(items)
+            bar.at(shared.add("finished", items))
             stop.check()
 
-        trajectories.generate(pipeline.teacher, store, settings, num, progress)
-    seconds = round(time.perf_counter() - begin, 3)
-    made = store.num_trajectories - found
-    return {"trajectories": store.num_trajectories, "made": made, "seconds": seconds}
+        numbers = processes.deal(store.num_shards, shared)
+        shared.add("made", trajectories.generate(pipeline.teacher, store, settings, progress, numbers))
+        while processes.is_first() and shared.add("ready", 0) < processes.world_size() - 1:
+            progress(0)
+            time.sleep(0.1)
+        shared.add("ready", 1)
+    return shared.add("made", 0)
 
 
 def distill_student(
@@ -238,23 +258,24 @@ def distill_student(
         FloatingPointError: the training diverged.
         Stopped: the user asked to stop; the same call goes on.
     """
-    if store.manifest["teacher"] != pipeline.fingerprint:
-        raise ValueError(f"{store.folder} holds trajectories of another teacher than {model}; make its own")
+    config = pipeline.config
+    origin = trajectories.origin(pipeline.teacher, pipeline.fingerprint, config.sampling, config.flow)
+    store.refuse_other(origin, f"make trajectories of {model} in another folder")
     settings, split_block = _resolved(pipeline, settings, split_block, perceptual)
     distance = image_distance(perceptual, str(pipeline.device))
-    shard = store.load()
     determined = {
         "teacher": pipeline.fingerprint,
-        "trajectories": hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest(),
+        "trajectories": store.identity,
         "settings": asdict(settings),
         "split_block": split_block,
         "perceptual": perceptual,
     }
-    notes = {"model": model, "trajectories": str(store.folder), "num_trajectories": len(shard)}
+    notes = {"model": model, "trajectories": str(store.folder), "num_trajectories": len(store)}
     checkpoints = Checkpoints(out / "checkpoints", determined, upkeep.save_every, upkeep.keep_last)
     new = pipeline.new_student(settings.seed % 2**63)  # as far as torch's generators go
     with ExitStack() as stack:
         stack.enter_context(processes.group(str(pipeline.device)))
+        processes.first_acts(store.check)
         processes.first_acts(lambda: claim(out, "distill", determined, {**notes, "device": str(pipeline.device)}))
         processes.first_acts(lambda: stack.enter_context(processes.only_writer(checkpoints.folder)))
         stop = stack.enter_context(stop_signal())
@@ -266,7 +287,7 @@ def distill_student(
             return not stop.requested
 
         student = distill(
-            pipeline.teacher, new, shard, settings, split_block, checkpoints, on_update, distance, run, upkeep.resume
+            pipeline.teacher, new, store, settings, split_block, checkpoints, on_update, distance, run, upkeep.resume
         )
         if student is None:
             raise stop.stopped()
@@ -339,7 +360,7 @@ def _with_student(
         pipeline.config,
         sampling=TeacherSampling(**store.manifest["sampling"]),
         flow=FlowSettings(**store.manifest["flow"]),
-        num_trajectories=store.num_trajectories,
+        num_trajectories=len(store),
         training=settings,
     )
     return Pipeline(pipeline.teacher, None, config).with_student(student, settings.start_blocks, split_block)
@@ -506,12 +527,40 @@ def verify(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} holds neither trajectories (manifest.json) nor a pipeline (model_index.json)")
 
 
+def repair(path: Path, model: str, device: str) -> dict[str, Any]:
+    """Make the trajectories of a folder again that are missing, damaged or foreign, bit for bit; the others stay.
+
+    Args:
+        path: the folder.
+        model: the one that made it.
+        device: where the model runs; the bits are those of the same kind of machine.
+
+    Returns:
+        What was wrong and is mended, and what is still wrong, a sentence each.
+
+    Raises:
+        ValueError: it holds no trajectories, or those of another model.
+        Stopped: the user asked to stop.
+    """
+    store, pipeline = TrajectoryStore.open(path), Pipeline.from_pretrained(model, device)
+    names = [field.name for field in fields(trajectories.TrajectorySettings)]
+    settings = from_json(trajectories.TrajectorySettings, {name: store.manifest.get(name) for name in names}, path)
+    found = store.problems()
+    make_trajectories(model, pipeline, path, len(store), settings, "repairing")
+    for stray in store.strays():
+        stray.unlink()
+    return {"kind": "trajectories", "repaired": found, "problems": store.problems()}
+
+
 def check_device(name: str) -> str:
     """The name of a device that torch can use here: `cpu`, `cuda`, `cuda:1` ... or `mps`.
+
+    Of several processes, each gets a GPU of its own for `cuda`.
 
     Raises:
         ValueError: there is no such device.
     """
+    name = processes.own_device(name)
     index = re.fullmatch(r"cuda(?::(\d+))?", name)
     known = {"cpu"} | ({"mps"} if torch.backends.mps.is_available() else set())
     if name in known or (index and int(index[1] or 0) < torch.cuda.device_count()):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ from distilled_decoding.parallel import (
     shard,
     whole,
 )
-from distilled_decoding.store import Shard
+from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.student import StudentOutput, soft_sequence
 from distilled_decoding.teacher import Teacher, draw
 from distilled_decoding.training_state import Checkpoints
@@ -141,18 +140,6 @@ class Update:
     finite: bool
     skipped: int
     average: nn.Module
-
-
-class Trajectories(Protocol):
-    """What a student learns from: some trajectories, of many."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def __getitem__(self, index: Tensor, /) -> Shard:
-        """Those of some numbers, int64 [N]."""
-        ...
 
 
 def learning_rate_at(update: int, settings: DistillSettings) -> float:
@@ -260,7 +247,7 @@ def attention_on(device: torch.device) -> AbstractContextManager[None]:
 def distill(
     teacher: Teacher,
     student: nn.Module,
-    trajectories: Trajectories,
+    trajectories: Shard | TrajectoryStore,
     settings: DistillSettings,
     split_block: int,
     checkpoints: Checkpoints,

@@ -63,6 +63,12 @@ def group(device: str = "cpu") -> Iterator[dist.Store]:
         dist.destroy_process_group()
 
 
+def deal(items: int, shared: dist.Store) -> Iterator[int]:
+    """The numbers 0 ... items - 1, each for one process alone: the one that is ready for it first."""
+    while (number := shared.add("dealt", 1) - 1) < items:
+        yield number
+
+
 def first_acts(act: Callable[[], None]) -> None:
     """Let the first process do something while the others wait; when it fails, all end."""
     if world_size() == 1:
@@ -99,6 +105,11 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             (folder / _LOCK).unlink()
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a folder is there and holds more than the lock of its writer."""
+    return folder.exists() and any(path.name != _LOCK for path in folder.iterdir())
 
 
 def _locked(path: Path) -> TextIO:

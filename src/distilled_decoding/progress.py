@@ -39,8 +39,9 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Straight to the file: a handler may have interrupted a buffered write.
-        os.write(2, b"\nstopping after the current step; once more stops at once\n")
+        if is_first():
+            # Straight to the file: a handler may have interrupted a buffered write.
+            os.write(2, b"\nstopping after the current step; once more stops at once\n")
 
     def check(self) -> None:
         """Raise `Stopped` when a stop was requested."""
@@ -86,7 +87,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Bar]:
-    """A bar on standard error with the time elapsed and left; of several processes, the first shows it."""
+    """A bar on standard error with the time elapsed and left; of several processes the first shows it."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

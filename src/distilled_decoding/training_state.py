@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distilled_decoding.checkpoint import load_json, load_tensors, save_json, save_tensors, sha256
+from distilled_decoding.checkpoint import first_difference, load_json, load_tensors, save_json, save_tensors, sha256
 from distilled_decoding.parallel import told_by_first
 from distilled_decoding.processes import first_acts, is_first, rank, world_size
 
@@ -175,10 +175,8 @@ class Checkpoints:
             raise ValueError(f"the checkpoint {path} is damaged: {_RECORD} is not what was written")
         if values["format"] != _FORMAT:
             raise ValueError(f"the checkpoint {path} has format {values['format']}, this version reads {_FORMAT}")
-        for key in sorted({*values["identity"], *self.identity}):
-            found, own = values["identity"].get(key), self.identity.get(key)
-            if found != own:
-                raise ValueError(f"the checkpoint {path} is of another training: its {key} is {found!r}, not {own!r}")
+        if difference := first_difference(values["identity"], self.identity):
+            raise ValueError(f"the checkpoint {path} is of another training: its {difference}")
         for name, digest in values["files"].items():
             if not (path / name).is_file():
                 raise ValueError(f"the checkpoint {path} is damaged: {name} is missing")
