@@ -210,7 +210,11 @@ class Checkpoints:
 def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     if _is_sharded(tensors):
         writer = _storage().HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer)
+        try:
+            dcp.save(dict(tensors), storage_writer=writer)
+        except dcp.CheckpointException as error:
+            reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
+            raise OSError(f"{folder} could not be written ({reasons}); nothing that was there has changed") from error
     elif is_first():
         save_tensors(folder / _TENSORS, tensors)
 
