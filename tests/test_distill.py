@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distilled_decoding import distill as distill_module
 from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.checkpoint import load_tensors
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Labels
 from distilled_decoding.distill import (
@@ -19,6 +21,7 @@ from distilled_decoding.distill import (
 )
 from distilled_decoding.losses import LossWeights, corrupt, distillation_loss, perceptual_loss
 from distilled_decoding.noise import image_keys
+from distilled_decoding.parallel import RunSettings, own_parts
 from distilled_decoding.sampling import Plan
 from distilled_decoding.student import StudentOutput, soft_sequence
 from distilled_decoding.training_state import Checkpoints
@@ -196,3 +199,108 @@ def test_keys_of_training_are_not_those_of_evaluation() -> None:
     assert not set(image_keys("trajectories", 0, range(500)).tolist()) & set(
         image_keys("evaluation", 0, range(500)).tolist()
     )
+
+
+def test_the_losses_of_parts_of_a_batch_add_up(tmp_path: Path) -> None:
+    """That of decoded images, too."""
+    pipe = tiny.pipeline()
+    shard = tiny.shard(tmp_path / "trajectories", pipe)[:5]
+    settings = replace(SETTINGS, loss=LossWeights(perceptual_weight=0.5), block_weights=tuple(range(16)))
+    known_blocks_B, distance = torch.tensor([0, 8, 8, 0, 15]), torch.nn.functional.mse_loss
+
+    def losses(part: slice) -> torch.Tensor:
+        student = pipe.student
+        found = batch_loss(pipe.teacher, student, shard[part], known_blocks_B, settings, 8, distance, part)
+        return torch.stack(list(vars(found).values()))
+
+    whole = batch_loss(pipe.teacher, pipe.student, shard, known_blocks_B, settings, 8, distance)
+    torch.testing.assert_close(losses(slice(0, 2)) + losses(slice(2, 5)), torch.stack(list(vars(whole).values())))
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """Losses that are not numbers in some updates, counted from 1."""
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        losses = batch_loss(*arguments)
+        return replace(losses, total=losses.total * torch.nan) if len(calls) in updates else losses
+
+    monkeypatch.setattr(distill_module, "batch_loss", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no trace in student, average or optimizer: the same as with no such update at all."""
+    pipe, seen, weights = tiny.pipeline(), [], []
+    diverging(monkeypatch, 2, 5, 6)
+
+    def on_update(update: Update) -> bool:
+        seen.append((update.finite, update.skipped))
+        weights.append([p.clone() for p in update.average.parameters()])
+        return True
+
+    shard = tiny.shard(tmp_path / "trajectories", pipe)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    student = distill(pipe.teacher, pipe.new_student(0), shard, SETTINGS, 16, checkpoints, on_update)
+    assert [number for number, (finite, _) in enumerate(seen, 1) if not finite] == [2, 5, 6]
+    assert [skipped for _, skipped in seen] == [0, 1, 1, 1, 2] + 7 * [3]
+    for before, after, finite in zip(weights[:-1], weights[1:], [finite for finite, _ in seen[1:]], strict=True):
+        assert all(map(torch.equal, before, after)) != finite
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline()
+    diverging(monkeypatch, 2, 4, 5, 6)
+    shard, checkpoints = tiny.shard(tmp_path / "trajectories", pipe), Checkpoints(tmp_path / "c")
+    with pytest.raises(FloatingPointError, match="3 updates in a row were not finite .*failed-000006.*lower learning"):
+        distill(
+            pipe.teacher,
+            pipe.new_student(0),
+            shard,
+            SETTINGS,
+            16,
+            checkpoints,
+            lambda update: True,
+            run=RunSettings(patience=3),
+        )
+    tensors, _ = load_tensors(tmp_path / "c" / "failed-000006" / "state.safetensors")
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_parts_share_the_rows_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, batch, micro_batch in ((1, 7, 0), (1, 7, 3), (2, 7, 2), (3, 7, 1), (4, 64, 5), (7, 7, 0)):
+        rows, counts = [], set()
+        for rank in range(size):
+            monkeypatch.setenv("WORLD_SIZE", str(size))
+            monkeypatch.setenv("RANK", str(rank))
+            parts = own_parts(batch, micro_batch)
+            counts.add(len(parts))
+            rows += [row for part in parts for row in range(batch)[part]]
+            assert all(part.stop > part.start for part in parts)
+        assert rows == list(range(batch)) and len(counts) == 1
+    with pytest.raises(ValueError, match="batch_size 6 is less than the 7 processes"):
+        own_parts(6, 0)
+
+
+def test_settings_of_a_run_are_checked() -> None:
+    with pytest.raises(ValueError, match="micro_batch must not be negative, got -1"):
+        RunSettings(micro_batch=-1)
+    with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
+        RunSettings(patience=0)
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    shard, checkpoints = tiny.shard(tmp_path / "trajectories", pipe), Checkpoints(tmp_path / "c")
+    with pytest.raises(ValueError, match="needs several processes: start it with torchrun"):
+        distill(
+            pipe.teacher,
+            pipe.new_student(0),
+            shard,
+            SETTINGS,
+            16,
+            checkpoints,
+            lambda update: True,
+            run=RunSettings(sharded=True),
+        )

@@ -24,10 +24,11 @@ from distilled_decoding import distill as distill_module
 from distilled_decoding import pipeline as pipeline_module
 from distilled_decoding.commands import Upkeep, distill_student
 from distilled_decoding.distill import DistillSettings, Update, distill
+from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.processes import group, is_first, rank
-from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.training_log import TrainingLog
 from distilled_decoding.training_state import Checkpoints
 from tests import tiny
@@ -139,7 +140,6 @@ def compare_worlds(out: Path, more: bool = False) -> None:
         "grown": (1, {}),
         "var": (1, {"family": "var"}),
         "var-sharded-parts": (2, {"family": "var", "sharded": True, "micro_batch": 2, "recompute": True}),
-        "sharded": (2, {"sharded": True}),
         "sharded-begun": (2, {"sharded": True, "stop_after": 3, "keep": "unsharded"}),
         "unsharded": (1, {}),
     }
@@ -149,6 +149,7 @@ def compare_worlds(out: Path, more: bool = False) -> None:
             "parts": (1, {"micro_batch": 1}),
             "three": (3, {}),
             "three-parts": (3, {"micro_batch": 1}),
+            "sharded": (2, {"sharded": True}),
             "sharded-stopped": (2, {"sharded": True, "stop_after": 3, "keep": "sharded-resumed"}),
             "sharded-resumed": (2, {"sharded": True}),
             "whole-begun": (1, {"stop_after": 3, "keep": "whole-sharded"}),
@@ -282,6 +283,28 @@ def full_disk(out: Path) -> None:
         kept = contents(folder / "checkpoints") == before
         found[name] = [stopped, codes, kept, (out / f"{name}.txt").read_text(), fork(partial(student_run, folder))]
     checkpoint.save_json(out / "found.json", found)
+
+
+def peak_memory(out: Path) -> None:
+    """Most that a training holds, over few and over many trajectories."""
+
+    def work(num: int) -> None:
+        folder = out / str(num)
+        pipe, chance = tiny.pipeline(), torch.Generator().manual_seed(0)
+        settings = replace(tiny.trajectory_settings(), shard_size=4096)
+        manifest = settings.manifest(pipe.teacher, pipe.fingerprint)
+        store = TrajectoryStore.create(folder / "trajectories", manifest, num)
+        for number in range(store.num_shards):
+            span = store.span(number)
+            token_NL = torch.randint(16, (len(span), 16), generator=chance)
+            store.write(number, Shard(token_NL, torch.tensor(span) % 3, image_keys("trajectories", 0, span)))
+        distill_student("tiny", pipe, store, folder / "student", SETTINGS)
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+        checkpoint.save_json(out / f"{num}.json", peak)
+
+    codes = [fork(partial(work, num)) for num in (2000, 200_000)]
+    assert codes == [[0], [0]], codes
 
 
 if __name__ == "__main__":

@@ -170,9 +170,8 @@ def distill(
     trained = commands.distill_student(
         model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run
     )
-    if not processes.is_first():
-        return
-    _print({"pipeline": str(out), **describe.info(trained)}, json)
+    if processes.is_first():
+        _print({"pipeline": str(out), **describe.info(trained)}, json)
 
 
 def convert(

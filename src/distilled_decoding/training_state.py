@@ -98,7 +98,7 @@ class Checkpoints:
         part = path.with_name(f"{path.name}.part")
 
         def begin() -> None:
-            _remove(part)
+            shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
 
         def finish() -> None:
@@ -259,6 +259,4 @@ def _sync(folder: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a folder; a crash leaves nothing under its name that looks whole."""
-    if folder.exists():
-        part = folder if folder.suffix == ".part" else folder.rename(folder.with_name(f"{folder.name}.part"))
-        shutil.rmtree(part)
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.part")))
