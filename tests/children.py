@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 from distilled_decoding import cli
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.children", "tests.tiny"])
+# torch loads its compiler when a model is made without weights; that takes longer than all else.
+CONTEXT.set_forkserver_preload(["tests.children", "tests.tiny", "torch._dynamo", "torch._refs"])
 
 
 class Fault(NamedTuple):
@@ -45,8 +47,11 @@ def inject(fault: Fault) -> None:
     setattr(module, fault.function, deadly)
 
 
-def _command(words: list[str], error: Path, fault: Fault | None, file_bytes: int | None) -> None:
+def _command(
+    words: list[str], error: Path, fault: Fault | None, file_bytes: int | None, environment: dict[str, str]
+) -> None:
     os.dup2(os.open(error, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.environ |= environment
     if fault:
         inject(fault)
     if file_bytes:
@@ -61,9 +66,24 @@ def start(target: Callable, *given: Any) -> Any:
     return process
 
 
-def command(words: list, error: Path, fault: Fault | None = None, file_bytes: int | None = None) -> Any:
+def command(
+    words: list,
+    error: Path,
+    fault: Fault | None = None,
+    file_bytes: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> Any:
     """Start a command; `error` becomes its standard error, `file_bytes` the most that it may write into one file."""
-    return start(_command, [str(word) for word in words], error, fault, file_bytes)
+    return start(_command, [str(word) for word in words], error, fault, file_bytes, environment or {})
+
+
+def ranks(words: list, errors: list[Path]) -> list:
+    """Start a command as torchrun would, one process for each file of standard error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(errors))}
+    return [command(words, error, environment={**shared, "RANK": str(rank)}) for rank, error in enumerate(errors)]
 
 
 def exit_code(process: Any) -> int:

@@ -368,6 +368,7 @@ def test_every_field_of_json_is_documented(
         "report": [tmp_path / "b", "--out", tmp_path / "r"],
         "convert": [*VAR, "--out", tmp_path / "c"],
         "verify": [made],
+        "verify --repair": [model, made],
         "trajectories --plan": [model, "--num", 8],
         "distill --plan": [model, "--num-updates", 2],
     }
@@ -380,6 +381,7 @@ def test_every_field_of_json_is_documented(
     documented["distill"] |= documented["info"]
     documented["convert"] |= documented["info"]
     documented["distill --plan"] |= documented["trajectories --plan"] - {"micro_batch"}
+    documented["verify --repair"] |= documented["verify"]
     documented["evaluate"] |= place
     documented["demo"] |= place
     documented["bench"] |= place

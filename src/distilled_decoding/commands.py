@@ -207,7 +207,7 @@ def _fill_store(
     shared: Store,
     title: str,
 ) -> int:
-    """Make this process's part of what is missing; the first waits for the others. Returns how many all made."""
+    """Make this process's part of what is missing; the first waits for the others and returns how many all made."""
     with stop_signal() as stop, progress_bar(title, len(store)) as bar:
 
         def progress(items: int) -> None:
@@ -215,12 +215,12 @@ def _fill_store(
             stop.check()
 
         numbers = processes.deal(store.num_shards, shared)
-        shared.add("made", trajectories.generate(pipeline.teacher, store, settings, progress, numbers))
-        while processes.is_first() and shared.add("ready", 0) < processes.world_size() - 1:
-            progress(0)
-            time.sleep(0.1)
-        shared.add("ready", 1)
-    return shared.add("made", 0)
+        made = shared.add("made", trajectories.generate(pipeline.teacher, store, settings, progress, numbers))
+        processes.first_waits(shared, lambda: progress(0))
+        if processes.is_first():
+            bar.at(shared.add("finished", 0))
+            made = shared.add("made", 0)
+    return made
 
 
 def distill_student(

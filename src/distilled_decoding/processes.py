@@ -86,6 +86,16 @@ def first_acts(act: Callable[[], None]) -> None:
         raise SystemExit(2)
 
 
+def first_waits(shared: dist.Store, look: Callable[[], None]) -> None:
+    """Let the first process wait until all others have come here, too; it calls `look` now and then."""
+    if not is_first():
+        shared.add("here", 1)
+        return
+    while shared.add("here", 0) < world_size() - 1:
+        look()
+        time.sleep(0.1)
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a folder while the block runs; the lock of a process that has died holds nothing.
@@ -108,8 +118,8 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether a folder is there and holds more than the lock of its writer."""
-    return folder.exists() and any(path.name != _LOCK for path in folder.iterdir())
+    """Whether a folder is there and holds more than a lock and what a killed writer left half written."""
+    return folder.exists() and any(path.name != _LOCK and path.suffix != ".part" for path in folder.iterdir())
 
 
 def _locked(path: Path) -> TextIO:
