@@ -16,6 +16,7 @@ from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, t
 from distilled_decoding.distill import DistillSettings, distill
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import LossWeights
+from distilled_decoding.parallel import RunSettings
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
 from distilled_decoding.training_state import Checkpoints
@@ -93,18 +94,19 @@ def test_memory_of_trajectories_is_what_torch_allocates(tmp_path: Path, family: 
 
 
 @FAMILIES
-def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("run", [RunSettings(), RunSettings(micro_batch=4, recompute=True)], ids=["whole", "parts"])
+def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, run: RunSettings) -> None:
     pipe = tiny.pipeline(family=family)
     student, shard = pipe.new_student(0), tiny.shard(tmp_path / "trajectories", pipe)
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
 
     def work() -> None:
-        trained = distill(pipe.teacher, student, shard, SETTINGS, 1, checkpoints, lambda update: True)
+        trained = distill(pipe.teacher, student, shard, SETTINGS, 1, checkpoints, lambda update: True, run=run)
         pipe.with_student(trained, (0,), 1).save_pretrained(tmp_path / "model")
 
     real = allocated_bytes(work, tmp_path)
     shutil.rmtree(checkpoints.folder)
-    cost = distillation_cost(pipe.teacher, student, SETTINGS, 1e10, CPU)
+    cost = distillation_cost(pipe.teacher, pipe.new_student(0), SETTINGS, 1e10, CPU, run)
     assert cost.flops == counted_flops(work)
     assert cost.fixed_bytes == weights(pipe.teacher) + 5 * weights(student)
     assert cost.memory_bytes == pytest.approx(real + weights(pipe.teacher, student), rel=0.02)
@@ -114,13 +116,16 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str) ->
 def test_bf16_a_gpu_and_small_batches_save_memory() -> None:
     pipe = tiny.pipeline(family="var")
 
-    def cost(device: torch.device = CPU, **changes: object) -> Cost:
-        return distillation_cost(pipe.teacher, pipe.student, replace(SETTINGS, **changes), 1e10, device)
+    def cost(device: torch.device = CPU, run: RunSettings = RunSettings(), **changes: object) -> Cost:  # noqa: B008
+        return distillation_cost(pipe.teacher, pipe.student, replace(SETTINGS, **changes), 1e10, device, run)
 
     plain, small = cost(), cost(batch_size=8)
     assert cost(bf16=True).memory_bytes < plain.memory_bytes
     assert cost(GPU).memory_bytes < plain.memory_bytes
     assert (small.fixed_bytes, small.flops) == (plain.fixed_bytes, pytest.approx(plain.flops / 2, rel=0.02))
+    parts, again = cost(run=RunSettings(micro_batch=4)), cost(run=RunSettings(recompute=True))
+    assert parts.memory_bytes < plain.memory_bytes and parts.flops == pytest.approx(plain.flops, rel=0.02)
+    assert again.memory_bytes < plain.memory_bytes and 1.2 < again.flops / plain.flops < 1.4
     perceptual = cost(loss=LossWeights(perceptual_weight=1.0))
     assert perceptual.flops > plain.flops and perceptual.memory_bytes > plain.memory_bytes
 
