@@ -122,15 +122,17 @@ def test_trajectories_killed_anywhere_go_on(model: Path, whole: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_trajectories_killed_at_any_time_go_on(model: Path, whole: Path, tmp_path: Path) -> None:
-    moments = random.Random(0)
-    for moment in (moments.uniform(0.05, 3) for _ in range(20)):
-        out, error = tmp_path / f"{moment}", tmp_path / "error"
-        words = ["trajectories", model, *TRAJECTORIES, "--out", out]
-        process = command(words, error)
+    moments, begin = random.Random(0), time.monotonic()
+    words, error = ["trajectories", model, *TRAJECTORIES, "--out"], tmp_path / "error"
+    assert exit_code(command([*words, tmp_path / "unbroken"], error)) == 0
+    seconds = time.monotonic() - begin
+    for moment in (moments.uniform(0, seconds) for _ in range(20)):
+        out = tmp_path / f"{moment}"
+        process = command([*words, out], error)
         process.join(moment)
         process.kill()
         assert exit_code(process) in (0, -signal.SIGKILL)
-        assert exit_code(command(words, error)) == 0
+        assert exit_code(command([*words, out], error)) == 0
         assert contents(out) == contents(whole)
 
 

@@ -1,11 +1,16 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from distilled_decoding import trajectories
+from distilled_decoding.flow import FlowSettings
 from distilled_decoding.store import Shard, TrajectoryStore
+from distilled_decoding.teacher import TeacherSampling
 from tests import children
 
 SETTINGS = {"teacher": "abc", "length": 3, "shard_size": 4}
@@ -139,11 +144,16 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
         TrajectoryStore.open(tmp_path / "u")
 
 
-def read_some(folder: Path, num: int, peak: Path) -> None:
-    """Write shards of half a megabyte, read here and there, and say how much memory that took at most."""
+def make_and_read(folder: Path, num: int, peak: Path) -> None:
+    """Shards of half a megabyte from a teacher that costs nothing; then say how much memory that took at most."""
+    trajectories._tokens = lambda teacher, settings, span, device: shard(span.start, len(span), length=4096)
+    teacher: Any = SimpleNamespace(codebook=torch.zeros(1, 1))
+    settings = trajectories.TrajectorySettings(TeacherSampling(), FlowSettings(), micro_batch=64, shard_size=64)
     store = TrajectoryStore.create(folder, {"teacher": "abc", "shard_size": 64}, num)
-    for number in [0, *range(store.num_shards)]:
-        store.write(number, shard(64 * number, 64, length=4096))
+    for _ in range(2):
+        trajectories.generate(teacher, store, settings, lambda items: None)
+        (folder / "shard-00000.json").unlink()
+    store.write(0, store[torch.arange(64)])
     store.check()
     for _ in range(10):
         store[torch.randint(num, (64,))]
@@ -155,6 +165,6 @@ def test_memory_does_not_grow_with_the_number_of_trajectories(tmp_path: Path) ->
     """All in memory, the larger store would take 50 MB as it is on disk, and 200 MB as it is read."""
     peaks = [tmp_path / "few", tmp_path / "many"]
     for peak, num in zip(peaks, (64, 6400), strict=True):
-        assert children.exit_code(children.start(read_some, tmp_path / str(num), num, peak)) == 0
+        assert children.exit_code(children.start(make_and_read, tmp_path / str(num), num, peak)) == 0
     few, many = (int(peak.read_text()) for peak in peaks)
     assert many < 1.05 * few
