@@ -29,6 +29,7 @@ from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.student import StudentOutput
 from distilled_decoding.teacher import Guidance, TeacherSampling
+from distilled_decoding.training_state import Checkpoints
 from distilled_decoding.trajectories import TrajectorySettings, generate
 
 CLASSES = ("left", "down", "right")
@@ -233,12 +234,12 @@ def main(out: Path, teacher_updates: int = 500, trajectories: int = 8192, update
     check_student(student, teacher)
 
     settings = TrajectorySettings(sampling, flow)
-    store = TrajectoryStore.create(out / "trajectories", settings.manifest(teacher, pipe.fingerprint))
-    generate(teacher, store, settings, trajectories, progress=lambda items: None)
+    store = TrajectoryStore.create(out / "trajectories", settings.manifest(teacher, pipe.fingerprint), trajectories)
+    generate(teacher, store, settings, progress=lambda items: None)
 
     training = DistillSettings(updates, learning_rate=8e-3, ema_rate=0.99, start_blocks=starts, bf16=False)
-    state = out / "training.safetensors"
-    distilled = distill(teacher, student, store.load(), training, SIDE, state, on_update=lambda update: True)
+    checkpoints = Checkpoints(out / "checkpoints")
+    distilled = distill(teacher, student, store, training, SIDE, checkpoints, on_update=lambda update: True)
     pipe.with_student(distilled, starts, SIDE).save_pretrained(out / "model")
     return compare(Pipeline.from_pretrained(out / "model"), out / "grid.png")
 

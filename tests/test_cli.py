@@ -226,7 +226,7 @@ def test_trajectories_of_another_teacher_are_refused(run, model: Path, tmp_path:
     other.teacher.transformer.norm.weight.data += 1
     other.save_pretrained(tmp_path / "other")
     code, _, error = run("distill", tmp_path / "other", "--trajectories", tmp_path / "t", "--out", tmp_path / "d")
-    assert code == 2 and "another teacher" in error
+    assert code == 2 and 'another run: its teacher is "' in error
 
 
 def test_any_whole_number_is_a_seed(run, model: Path, made: Path, tmp_path: Path) -> None:
@@ -368,6 +368,7 @@ def test_every_field_of_json_is_documented(
         "report": [tmp_path / "e", tmp_path / "b", "--out", tmp_path / "r"],
         "convert": [*VAR, "--out", tmp_path / "c"],
         "verify": [made],
+        "verify --repair": [model, made],
         "trajectories --plan": [model, "--num", 8],
         "distill --plan": [model, "--num-updates", 2],
     }
@@ -380,6 +381,7 @@ def test_every_field_of_json_is_documented(
     documented["distill"] |= documented["info"]
     documented["convert"] |= documented["info"]
     documented["distill --plan"] |= documented["trajectories --plan"] - {"micro_batch"}
+    documented["verify --repair"] |= documented["verify"]
     documented["evaluate"] |= place
     documented["demo"] |= place
     documented["bench"] |= place

@@ -1,6 +1,7 @@
 import json
 import math
 import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, t
 from distilled_decoding.distill import DistillSettings, distill
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import LossWeights
+from distilled_decoding.parallel import RunSettings
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.training_state import Checkpoints
 from distilled_decoding.trajectories import TrajectorySettings, generate
 from examples import pixel_teacher
 from tests import tiny
@@ -58,8 +61,8 @@ def data_bytes(folder: Path) -> int:
 
 
 def make(folder: Path, teacher: torch.nn.Module, settings: TrajectorySettings, num: int) -> TrajectoryStore:
-    store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash"))
-    generate(teacher, store, settings, num, lambda items: None)
+    store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash"), num)
+    generate(teacher, store, settings, lambda items: None)
     return store
 
 
@@ -91,18 +94,19 @@ def test_memory_of_trajectories_is_what_torch_allocates(tmp_path: Path, family: 
 
 
 @FAMILIES
-def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("run", [RunSettings(), RunSettings(micro_batch=4, recompute=True)], ids=["whole", "parts"])
+def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, run: RunSettings) -> None:
     pipe = tiny.pipeline(family=family)
-    student, shard = pipe.new_student(0), tiny.store(tmp_path / "trajectories", pipe).load()
-    state = tmp_path / "model" / "state.safetensors"
+    student, shard = pipe.new_student(0), tiny.shard(tmp_path / "trajectories", pipe)
+    checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
 
     def work() -> None:
-        trained = distill(pipe.teacher, student, shard, SETTINGS, 1, state, lambda update: True)
+        trained = distill(pipe.teacher, student, shard, SETTINGS, 1, checkpoints, lambda update: True, run=run)
         pipe.with_student(trained, (0,), 1).save_pretrained(tmp_path / "model")
 
     real = allocated_bytes(work, tmp_path)
-    state.unlink()
-    cost = distillation_cost(pipe.teacher, student, SETTINGS, len(shard), 1e10, CPU)
+    shutil.rmtree(checkpoints.folder)
+    cost = distillation_cost(pipe.teacher, pipe.new_student(0), SETTINGS, 1e10, CPU, run)
     assert cost.flops == counted_flops(work)
     assert cost.fixed_bytes == weights(pipe.teacher) + 5 * weights(student)
     assert cost.memory_bytes == pytest.approx(real + weights(pipe.teacher, student), rel=0.02)
@@ -112,20 +116,23 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str) ->
 def test_bf16_a_gpu_and_small_batches_save_memory() -> None:
     pipe = tiny.pipeline(family="var")
 
-    def cost(device: torch.device = CPU, **changes: object) -> Cost:
-        return distillation_cost(pipe.teacher, pipe.student, replace(SETTINGS, **changes), 32, 1e10, device)
+    def cost(device: torch.device = CPU, run: RunSettings = RunSettings(), **changes: object) -> Cost:  # noqa: B008
+        return distillation_cost(pipe.teacher, pipe.student, replace(SETTINGS, **changes), 1e10, device, run)
 
     plain, small = cost(), cost(batch_size=8)
     assert cost(bf16=True).memory_bytes < plain.memory_bytes
     assert cost(GPU).memory_bytes < plain.memory_bytes
     assert (small.fixed_bytes, small.flops) == (plain.fixed_bytes, pytest.approx(plain.flops / 2, rel=0.02))
+    parts, again = cost(run=RunSettings(micro_batch=4)), cost(run=RunSettings(recompute=True))
+    assert parts.memory_bytes < plain.memory_bytes and parts.flops == pytest.approx(plain.flops, rel=0.02)
+    assert again.memory_bytes < plain.memory_bytes and 1.2 < again.flops / plain.flops < 1.4
     perceptual = cost(loss=LossWeights(perceptual_weight=1.0))
     assert perceptual.flops > plain.flops and perceptual.memory_bytes > plain.memory_bytes
 
 
 def test_planning_leaves_the_models_alone() -> None:
     pipe = tiny.pipeline()
-    distillation_cost(pipe.teacher, pipe.student, SETTINGS, 32, 1e10, GPU)
+    distillation_cost(pipe.teacher, pipe.student, SETTINGS, 1e10, GPU)
     trajectory_cost(pipe.teacher, tiny.trajectory_settings(), 8, 1e10)
     assert not pipe.student.training
     for parameter in [*pipe.teacher.parameters(), *pipe.student.parameters()]:
@@ -143,7 +150,7 @@ def test_published_models_are_planned_without_their_weights(name: str, teacher_s
     teacher, student = skeleton.teacher, skeleton.student
     settings = TrajectorySettings(TeacherSampling(guidance_scale=2.0), FlowSettings(), micro_batch=64)
     made = trajectory_cost(teacher, settings, 64, 1e14)
-    trained = distillation_cost(teacher, student, DistillSettings(num_updates=1), 64, 1e14, GPU)
+    trained = distillation_cost(teacher, student, DistillSettings(num_updates=1), 1e14, GPU)
     assert made.fixed_bytes == 4 * teacher_size
     assert trained.fixed_bytes == 4 * (teacher_size + 5 * student_size)
     # Two operations for each weight that a token meets and for its conditional and unconditional pass, six to train.

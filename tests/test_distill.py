@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distilled_decoding import distill as distill_module
 from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.checkpoint import load_tensors
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Labels
 from distilled_decoding.distill import (
@@ -19,8 +21,10 @@ from distilled_decoding.distill import (
 )
 from distilled_decoding.losses import LossWeights, corrupt, distillation_loss, perceptual_loss
 from distilled_decoding.noise import image_keys
+from distilled_decoding.parallel import RunSettings, own_parts
 from distilled_decoding.sampling import Plan
 from distilled_decoding.student import StudentOutput, soft_sequence
+from distilled_decoding.training_state import Checkpoints
 from tests import tiny
 
 SETTINGS = DistillSettings(
@@ -30,15 +34,20 @@ SETTINGS = DistillSettings(
 
 def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | None = None):
     pipe = tiny.pipeline()
-    shard = tiny.store(tmp_path / "trajectories", pipe).load()
+    shard = tiny.shard(tmp_path / "trajectories", pipe)
     losses: list[float] = []
 
     def on_update(update: Update) -> bool:
         losses.append(float(update.losses.total.detach()))
         return update.number != stop_after
 
-    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, tmp_path / "state.safetensors", on_update)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, checkpoints, on_update)
     return student, losses
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
@@ -48,18 +57,17 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
     resumed, second = run(tmp_path / "parts")
     assert first + second == losses
     assert tiny.same_weights(whole, resumed)
-    assert (tmp_path / "whole/state.safetensors").read_bytes() == (tmp_path / "parts/state.safetensors").read_bytes()
+    assert files(tmp_path / "whole/checkpoints") == files(tmp_path / "parts/checkpoints")
 
 
 def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
-    shard = tiny.store(tmp_path / "trajectories", pipe).load()[:8]
+    shard = tiny.shard(tmp_path / "trajectories", pipe)[:8]
     settings = DistillSettings(
         num_updates=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
     )
-    student = distill(
-        pipe.teacher, pipe.new_student(0), shard, settings, 16, tmp_path / "s.safetensors", lambda u: True
-    )
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, checkpoints, lambda u: True)
     trained = pipe.with_student(student, settings.start_blocks, split_block=16)
     condition = Labels(shard.label_N, 3)
     expected = lookup(shard.token_NL, pipe.teacher.codebook)
@@ -144,7 +152,7 @@ def test_gradient_of_the_perceptual_loss_goes_through_the_decoder() -> None:
 
 def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
-    shard = tiny.store(tmp_path / "trajectories", pipe).load()[:4]
+    shard = tiny.shard(tmp_path / "trajectories", pipe)[:4]
     settings = replace(SETTINGS, loss=LossWeights(0, 0, 1))
     student = pipe.new_student(0)
     known_blocks_B = torch.zeros(4, dtype=torch.long)
@@ -157,7 +165,7 @@ def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) 
             p.grad is None or p.grad.abs().max() == 0 for n, p in student.named_parameters() if n.startswith(idle)
         )
     with pytest.raises(ValueError, match="needs an image distance"):
-        distill(pipe.teacher, student, shard, settings, 16, tmp_path / "s.safetensors", lambda u: True)
+        distill(pipe.teacher, student, shard, settings, 16, Checkpoints(tmp_path / "checkpoints"), lambda u: True)
 
 
 @pytest.mark.parametrize(
@@ -191,3 +199,108 @@ def test_keys_of_training_are_not_those_of_evaluation() -> None:
     assert not set(image_keys("trajectories", 0, range(500)).tolist()) & set(
         image_keys("evaluation", 0, range(500)).tolist()
     )
+
+
+def test_the_losses_of_parts_of_a_batch_add_up(tmp_path: Path) -> None:
+    """That of decoded images, too."""
+    pipe = tiny.pipeline()
+    shard = tiny.shard(tmp_path / "trajectories", pipe)[:5]
+    settings = replace(SETTINGS, loss=LossWeights(perceptual_weight=0.5), block_weights=tuple(range(16)))
+    known_blocks_B, distance = torch.tensor([0, 8, 8, 0, 15]), torch.nn.functional.mse_loss
+
+    def losses(part: slice) -> torch.Tensor:
+        student = pipe.student
+        found = batch_loss(pipe.teacher, student, shard[part], known_blocks_B, settings, 8, distance, part)
+        return torch.stack(list(vars(found).values()))
+
+    whole = batch_loss(pipe.teacher, pipe.student, shard, known_blocks_B, settings, 8, distance)
+    torch.testing.assert_close(losses(slice(0, 2)) + losses(slice(2, 5)), torch.stack(list(vars(whole).values())))
+
+
+def diverging(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """Losses that are not numbers in some updates, counted from 1."""
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        losses = batch_loss(*arguments)
+        return replace(losses, total=losses.total * torch.nan) if len(calls) in updates else losses
+
+    monkeypatch.setattr(distill_module, "batch_loss", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no trace in student, average or optimizer: the same as with no such update at all."""
+    pipe, seen, weights = tiny.pipeline(), [], []
+    diverging(monkeypatch, 2, 5, 6)
+
+    def on_update(update: Update) -> bool:
+        seen.append((update.finite, update.skipped))
+        weights.append([p.clone() for p in update.average.parameters()])
+        return True
+
+    shard = tiny.shard(tmp_path / "trajectories", pipe)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    student = distill(pipe.teacher, pipe.new_student(0), shard, SETTINGS, 16, checkpoints, on_update)
+    assert [number for number, (finite, _) in enumerate(seen, 1) if not finite] == [2, 5, 6]
+    assert [skipped for _, skipped in seen] == [0, 1, 1, 1, 2] + 7 * [3]
+    for before, after, finite in zip(weights[:-1], weights[1:], [finite for finite, _ in seen[1:]], strict=True):
+        assert all(map(torch.equal, before, after)) != finite
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline()
+    diverging(monkeypatch, 2, 4, 5, 6)
+    shard, checkpoints = tiny.shard(tmp_path / "trajectories", pipe), Checkpoints(tmp_path / "c")
+    with pytest.raises(FloatingPointError, match="3 updates in a row were not finite .*failed-000006.*lower learning"):
+        distill(
+            pipe.teacher,
+            pipe.new_student(0),
+            shard,
+            SETTINGS,
+            16,
+            checkpoints,
+            lambda update: True,
+            run=RunSettings(patience=3),
+        )
+    tensors, _ = load_tensors(tmp_path / "c" / "failed-000006" / "state.safetensors")
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_parts_share_the_rows_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, batch, micro_batch in ((1, 7, 0), (1, 7, 3), (2, 7, 2), (3, 7, 1), (4, 64, 5), (7, 7, 0)):
+        rows, counts = [], set()
+        for rank in range(size):
+            monkeypatch.setenv("WORLD_SIZE", str(size))
+            monkeypatch.setenv("RANK", str(rank))
+            parts = own_parts(batch, micro_batch)
+            counts.add(len(parts))
+            rows += [row for part in parts for row in range(batch)[part]]
+            assert all(part.stop > part.start for part in parts)
+        assert rows == list(range(batch)) and len(counts) == 1
+    with pytest.raises(ValueError, match="batch_size 6 is less than the 7 processes"):
+        own_parts(6, 0)
+
+
+def test_settings_of_a_run_are_checked() -> None:
+    with pytest.raises(ValueError, match="micro_batch must not be negative, got -1"):
+        RunSettings(micro_batch=-1)
+    with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
+        RunSettings(patience=0)
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    shard, checkpoints = tiny.shard(tmp_path / "trajectories", pipe), Checkpoints(tmp_path / "c")
+    with pytest.raises(ValueError, match="needs several processes: start it with torchrun"):
+        distill(
+            pipe.teacher,
+            pipe.new_student(0),
+            shard,
+            SETTINGS,
+            16,
+            checkpoints,
+            lambda update: True,
+            run=RunSettings(sharded=True),
+        )

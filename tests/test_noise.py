@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from distilled_decoding import noise
-from distilled_decoding.noise import gaussian_noise, image_keys, philox, uniform
+from distilled_decoding.noise import gaussian_noise, image_keys, philox, shuffled, uniform
 
 ONES = 0xFFFFFFFF
 
@@ -130,3 +130,23 @@ def test_cpu_and_gpu_agree():
     assert torch.equal(uniform(key_B, 99, 1), uniform(key_B.cuda(), 99, 1).cpu())
     on_gpu = gaussian_noise(key_B.cuda(), 256, 8).cpu()
     torch.testing.assert_close(gaussian_noise(key_B, 256, 8), on_gpu, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 12, 1000])
+def test_a_shuffled_order_holds_every_number_once(num: int) -> None:
+    orders = [shuffled(torch.arange(num), num, image_keys("training", 0, [epoch])) for epoch in range(2)]
+    assert all(sorted(order.tolist()) == list(range(num)) for order in orders)
+    assert num < 10 or not torch.equal(*orders)
+    # A place is looked up alone, in however long an order.
+    assert (
+        orders[0][num // 2 :].tolist()
+        == shuffled(torch.arange(num // 2, num), num, image_keys("training", 0, [0])).tolist()
+    )
+    assert 0 <= shuffled(torch.tensor([10**12 - 1]), 10**12, image_keys("training", 0, [0])).item() < 10**12
+
+
+def test_a_shuffled_order_is_a_random_one() -> None:
+    """Neither places and numbers, nor neighbours, nor two orders have anything to do with each other."""
+    first, second = (shuffled(torch.arange(5000), 5000, image_keys("training", 0, [i])).double() for i in range(2))
+    for a, b in ((torch.arange(5000.0), first), (first[1:], first[:-1]), (first, second)):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / 5000**0.5

@@ -1,7 +1,11 @@
-"""Real processes: Ctrl-C in the middle and going on equals a run that was never stopped; work can be split."""
+"""Real processes: stopped, killed, out of disk or many, they make the bytes of one that was never disturbed."""
 
+import json
 import os
+import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from distilled_decoding import cli
+from distilled_decoding import cli, processes
 from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
 from tests import tiny
+from tests.children import Fault, command, exit_code, ranks
+from tests.children import start as start_child
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +37,17 @@ def start(*words: object) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def interrupt(words: list, begun: Callable[[], bool]) -> None:
     process = start("-m", "distilled_decoding", *words)
-    while not begun():
-        assert process.poll() is None, process.stderr
-        time.sleep(0.01)
+    wait_for(lambda: process.poll() is not None or begun())
+    assert process.poll() is None, process.stderr
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -74,6 +86,162 @@ def test_a_stopped_distillation_goes_on(model: Path, tmp_path: Path, monkeypatch
     run([*words, stopped], monkeypatch)
     run([*words, whole], monkeypatch)
     assert contents(stopped) == contents(whole)
+
+
+TRAJECTORIES = ["--num", 90, "--micro-batch", 8, "--shard-size", 32]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trajectories whose making nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "t"
+    assert exit_code(command(["trajectories", model, *TRAJECTORIES, "--out", out], out.with_name("error"))) == 0
+    return out
+
+
+FAULTS = {
+    "between micro-batches": Fault("trajectories", "_tokens", 6),
+    "before a shard": Fault("store", "save_tensors", 2),
+    "in the middle of a shard's file": Fault("checkpoint", "save_file", 2, half=True),
+    "before a shard's file gets its name": Fault("checkpoint", "replace_atomically", 5),
+    "between a shard and its JSON": Fault("store", "save_json", 3),
+    "between the manifest and the record": Fault("commands", "record", 1),
+    "before the manifest gets its name": Fault("checkpoint", "replace_atomically", 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_trajectories_killed_anywhere_go_on(model: Path, whole: Path, tmp_path: Path, fault: Fault) -> None:
+    out, error = tmp_path / "t", tmp_path / "error"
+    words = ["trajectories", model, *TRAJECTORIES, "--out", out]
+    assert exit_code(command(words, error, fault)) == -signal.SIGKILL
+    assert "writer.lock" in contents(out) and not error.read_text().startswith("error")
+    assert exit_code(command(words, error)) == 0
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.slow
+def test_trajectories_killed_at_any_time_go_on(model: Path, whole: Path, tmp_path: Path) -> None:
+    moments, begin = random.Random(0), time.monotonic()
+    words, error = ["trajectories", model, *TRAJECTORIES, "--out"], tmp_path / "error"
+    assert exit_code(command([*words, tmp_path / "unbroken"], error)) == 0
+    seconds = time.monotonic() - begin
+    for moment in (moments.uniform(0, seconds) for _ in range(20)):
+        out = tmp_path / f"{moment}"
+        process = command([*words, out], error)
+        process.join(moment)
+        process.kill()
+        assert exit_code(process) in (0, -signal.SIGKILL)
+        assert exit_code(command([*words, out], error)) == 0
+        assert contents(out) == contents(whole)
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(model: Path, whole: Path, tmp_path: Path) -> None:
+    out, error = tmp_path / "t", tmp_path / "error"
+    words = ["trajectories", model, "--micro-batch", 8, "--shard-size", 32, "--out", out]
+    assert exit_code(command([*words, "--num", 32], error)) == 0
+    before = contents(out)
+    assert exit_code(command([*words, "--num", 90], error, file_bytes=1400)) == 2
+    (message,) = [line for line in error.read_text().splitlines() if line.startswith("error")]
+    assert "shard-00001.safetensors could not be written (" in message and "File too large" in message
+    after = contents(out)
+    assert after.keys() == before.keys() and {name for name in before if before[name] != after[name]} == {
+        "manifest.json"  # it says how many there shall be
+    }
+    assert exit_code(command([*words, "--num", 90], error)) == 0
+    assert contents(out) == contents(whole)
+
+
+def hold(folder: Path) -> None:
+    with processes.only_writer(folder):
+        time.sleep(120)
+
+
+def test_a_second_writer_stops_and_a_dead_one_is_no_writer(model: Path, tmp_path: Path) -> None:
+    out, error = tmp_path / "t", tmp_path / "error"
+    words = ["trajectories", model, "--num", 8, "--out", out]
+    first = start_child(hold, out)
+    wait_for(lambda: (out / "writer.lock").is_file() and (out / "writer.lock").read_text().endswith("}"))
+    assert exit_code(command(words, error)) == 2
+    assert f"{out} is being written by process {first.pid} on {socket.gethostname()}; wait" in error.read_text()
+    assert list(contents(out)) == ["writer.lock"]
+    first.kill()
+    assert exit_code(first) == -signal.SIGKILL
+    assert exit_code(command(words, error)) == 0
+    assert "writer.lock" not in contents(out)
+
+
+def test_repair_makes_again_what_is_wrong_bit_for_bit(
+    model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "t")
+    (out / "shard-00000.safetensors").write_bytes(b"rotten")
+    (out / "shard-00002.json").unlink()
+    shutil.copy(out / "shard-00001.json", out / "shard-00007.json")
+    with pytest.raises(SystemExit, match="1"):
+        run(["verify", out], monkeypatch)
+    capsys.readouterr()
+    run(["verify", out, "--repair", model, "--json"], monkeypatch)
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == [] and [name in text for name, text in zip("027", found["repaired"], strict=True)]
+    assert contents(out) == contents(whole)
+    other = tiny.pipeline()
+    other.teacher.transformer.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="2"):
+        run(["verify", out, "--repair", tmp_path / "other"], monkeypatch)
+    assert "another run: its teacher is" in capsys.readouterr().err
+
+
+DYING = """
+import os
+from distilled_decoding import cli
+from tests.children import Fault, inject
+if os.environ["RANK"] == "1":
+    inject(Fault("trajectories", "_tokens", 2))
+cli.main()
+"""
+
+
+def torchrun(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_a_rank_that_dies_takes_the_other_down_and_both_go_on(model: Path, whole: Path, tmp_path: Path) -> None:
+    words = ["trajectories", model, *TRAJECTORIES, "--out", tmp_path / "t"]
+    (tmp_path / "script.py").write_text(DYING)
+    died = torchrun("--", tmp_path / "script.py", *words)
+    assert died.returncode != 0 and time.time() - (tmp_path / "t" / "manifest.json").stat().st_mtime < 60
+    assert "Signal 9 (SIGKILL) received" in died.stderr
+    assert contents(tmp_path / "t") != contents(whole)
+    errors = [tmp_path / "error0", tmp_path / "error1"]
+    assert [exit_code(rank) for rank in ranks(words, errors)] == [0, 0]
+    assert contents(tmp_path / "t") == contents(whole)
+    assert "90/90" in errors[0].read_text() and errors[1].read_text() == ""
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_several_ranks_make_the_trajectories_of_one(model: Path, whole: Path, tmp_path: Path, num_ranks: int) -> None:
+    words = ["trajectories", model, *TRAJECTORIES, "--out", tmp_path / "t"]
+    errors = [tmp_path / f"error{rank}" for rank in range(num_ranks)]
+    assert [exit_code(rank) for rank in ranks(words, errors)] == [0] * num_ranks
+    assert contents(tmp_path / "t") == contents(whole)
+
+
+@pytest.mark.slow
+def test_torchrun_makes_trajectories_and_says_once_what_is_wrong(model: Path, whole: Path, tmp_path: Path) -> None:
+    words = ["-m", "--", "distilled_decoding", "trajectories", model, *TRAJECTORIES, "--out", tmp_path / "t", "--json"]
+    made = torchrun(*words)
+    assert made.returncode == 0, made.stderr
+    assert contents(tmp_path / "t") == contents(whole)
+    (printed,) = made.stdout.splitlines()
+    assert json.loads(printed)["trajectories"] == json.loads(printed)["made"] == 90
+    refused = torchrun(*words, "--seed", 1)
+    (message,) = [line for line in refused.stderr.splitlines() if line.startswith("error")]
+    assert refused.returncode != 0 and "run_seed is 0, not 1" in message
 
 
 HALF = """

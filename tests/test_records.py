@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from distilled_decoding import records
-from distilled_decoding.records import claim, environment, first_difference, identity, record
+from distilled_decoding.checkpoint import first_difference
+from distilled_decoding.records import claim, environment, identity, record
 from tests import tiny
 
 SETTINGS = {"seed": 0, "settings": {"rate": 0.1, "blocks": (0, 4)}, "where": Path("a")}

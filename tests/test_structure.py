@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "distilled_decoding"
 METHOD = ["blocks", "condition", "noise", "codebook", "flow", "teacher", "trajectories", "store"]
-METHOD += ["student", "losses", "distill", "sampling", "cost"]
+METHOD += ["student", "losses", "distill", "sampling", "cost", "processes", "parallel", "training_state"]
 FOR_FAMILIES = {"blocks", "condition", "codebook", "teacher", "student", "checkpoint", "families"}
 
 
@@ -25,7 +25,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", METHOD)
 def test_method_knows_no_family_and_nothing_around_it(module: str) -> None:
-    assert imported(SOURCE / f"{module}.py") <= {*METHOD, "checkpoint"}
+    assert imported(SOURCE / f"{module}.py") <= {*METHOD, "checkpoint", "processes"}
 
 
 def test_families_import_only_what_they_build_on() -> None:

@@ -16,7 +16,7 @@ from distilled_decoding.flow import FlowSettings
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig, Extractor, classifier_extractor
 from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
-from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
 from distilled_decoding.trajectories import TrajectorySettings, generate
 
@@ -91,9 +91,13 @@ def trajectory_settings(run_seed: int = 0) -> TrajectorySettings:
 
 def store(folder: Path, pipe: Pipeline, num: int = 32) -> TrajectoryStore:
     settings = trajectory_settings()
-    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint))
-    generate(pipe.teacher, made, settings, num, lambda items: None)
+    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint), num)
+    generate(pipe.teacher, made, settings, lambda items: None)
     return made
+
+
+def shard(folder: Path, pipe: Pipeline, num: int = 32) -> Shard:
+    return store(folder, pipe, num)[torch.arange(num)]
 
 
 def extractor() -> tuple[Extractor, Reference]:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -45,12 +46,28 @@ def replace_atomically(temporary: Path, path: Path) -> None:
     temporary.replace(path)
 
 
-def save_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place when the block ends well, and that vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    replace_atomically(temporary, path)
+    try:
+        yield temporary
+        replace_atomically(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}); nothing that was there has changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Raises:
+        OSError: it could not be written, such as on a full disk; no part of it stays.
+    """
+    with _atomic(path) as temporary:
+        temporary.write_text(text)
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -59,11 +76,13 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically (safetensors alone neither syncs nor gives others the right to read)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
-    replace_atomically(temporary, path)
+    """Write a safetensors file atomically (safetensors alone neither syncs nor gives others the right to read).
+
+    Raises:
+        OSError: it could not be written, such as on a full disk; no part of it stays.
+    """
+    with _atomic(path) as temporary:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
 
 
 def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -164,6 +183,24 @@ def _parse(hint: Any, value: Any, source: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, source)  # type: ignore[arg-type]
     return tuple(value) if typing.get_origin(hint) is tuple else value
+
+
+def first_difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    """The first value in which two nested records differ, such as `settings.seed is 0, not 1`; None when none does."""
+    flat_found, flat_asked = _flat(found), _flat(asked)
+    for key in {**flat_found, **flat_asked}:
+        a, b = (json.dumps(flat[key]) if key in flat else "absent" for flat in (flat_found, flat_asked))
+        if a != b:
+            return f"{key} is {a}, not {b}"
+    return None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def save_training(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], step: int) -> None:

@@ -1,20 +1,19 @@
 """The command line: arguments in, printing out. `distilled-decoding COMMAND --help` explains each command."""
 
 import json as json_format
-import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
-from distilled_decoding import commands, describe
+from distilled_decoding import commands, describe, processes
 from distilled_decoding.bench import BenchSettings, bench_table
 from distilled_decoding.bench import bench as run_bench
 from distilled_decoding.demo import demo_table, run_demo
@@ -23,6 +22,7 @@ from distilled_decoding.evaluate import EvaluationSettings
 from distilled_decoding.flags import flags_for, override
 from distilled_decoding.metrics.features import FeatureName
 from distilled_decoding.originals import Weights
+from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import DTYPES, Pipeline, Steps
 from distilled_decoding.progress import Stopped
 from distilled_decoding.report import markdown_table
@@ -136,6 +136,8 @@ def distill(
     out: Path | None = None,
     split_block: int | None = None,
     perceptual: Perceptual = "none",
+    upkeep: Annotated[commands.Upkeep, OmitArgPrefixes] = commands.Upkeep(),  # noqa: B008 - frozen
+    run: Annotated[RunSettings, OmitArgPrefixes] = RunSettings(),  # noqa: B008 - frozen
     device: str = "cpu",
     plan: bool = False,
     json: bool = False,
@@ -149,22 +151,27 @@ def distill(
         out: folder of the new pipeline; checkpoints and the log lie beneath.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
+        upkeep: what is written while it trains.
+        run: how the work is laid out; `torchrun --nproc-per-node N -m distilled_decoding distill ...` shares it.
         device: cpu, cuda, cuda:1 ... or mps.
         plan: only say what it would need; MODEL may then also be the name of a published model.
         json: print one JSON object.
     """
     if plan:
-        num = None if trajectories is None else TrajectoryStore.open(trajectories).num_trajectories
+        num = None if trajectories is None else len(TrajectoryStore.open(trajectories))
         pipeline, device = describe.skeleton(model), commands.check_device(device)
         training = override(pipeline.config.training, settings)
-        _print(commands.plan_distillation(pipeline, num, training, split_block, perceptual, device), json)
+        _print(commands.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
         return
     store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
     out = _needed(out, "--out")
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
-    trained = commands.distill_student(model, pipeline, store, out, training, split_block, perceptual)
-    _print({"pipeline": str(out), **describe.info(trained)}, json)
+    trained = commands.distill_student(
+        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run
+    )
+    if processes.is_first():
+        _print({"pipeline": str(out), **describe.info(trained)}, json)
 
 
 def convert(
@@ -205,14 +212,17 @@ def convert(
     _print(commands.save_converted(pipeline, out), json)
 
 
-def verify(path: Positional[Path], json: bool = False) -> None:
+def verify(path: Positional[Path], repair: str | None = None, device: str = "cpu", json: bool = False) -> None:
     """Check the hashes of a folder of trajectories or of a model; exit code 1 when something is wrong.
 
     Args:
         path: the folder.
+        repair: the model that made the trajectories: makes those again that are missing or damaged, and no others.
+        device: cpu, cuda, cuda:1 ... or mps; for --repair.
         json: print one JSON object.
     """
-    found = commands.verify(path)
+    device = commands.check_device(device)
+    found = commands.verify(path) if repair is None else commands.repair(path, repair, device)
     _print(found, json)
     if found["problems"]:
         raise SystemExit(1)
@@ -347,13 +357,15 @@ def main() -> None:
     # What torch tells its own developers while it compiles is of no use here.
     warnings.filterwarnings("ignore", module=r"torch\.")
     try:
-        _one_process()
+        _check_processes(sys.argv[1:])
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="distilled-decoding", sort_subcommands=False)
-    except (ValueError, OSError, SafetensorError) as error:
-        console.print(Text.assemble(("error:", "red"), f" {_sentence(error)}"), soft_wrap=True)
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+        where = "" if processes.is_first() else f" in process {processes.rank()}"
+        console.print(Text.assemble((f"error{where}:", "red"), f" {_sentence(error)}"), soft_wrap=True)
         raise SystemExit(2) from None
     except Stopped as stopped:
-        console.print(str(stopped))
+        if processes.is_first():
+            console.print(str(stopped))
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         console.print("stopped")
@@ -364,10 +376,10 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)  # not by the console: a progress bar would not make room
 
 
-def _one_process() -> None:
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1":
-        raise ValueError(f"WORLD_SIZE is {size}, but this version runs in one process; start it without torchrun")
+def _check_processes(words: Sequence[str]) -> None:
+    command, size = " ".join(words[:1]), processes.world_size()
+    if size > 1 and command not in ("trajectories", "distill"):
+        raise ValueError(f"WORLD_SIZE is {size}, but {command} runs in one process; start it without torchrun")
 
 
 def _sentence(error: Exception) -> str:
@@ -402,6 +414,8 @@ def _steps(text: str | None) -> Steps | None:
 
 
 def _print(values: Mapping[str, Any], as_json: bool, table: str | None = None) -> None:
+    if not processes.is_first():
+        return
     if as_json:
         print(json_format.dumps(values))
     elif table is not None:

@@ -3,21 +3,21 @@
 Axis letters: N images.
 """
 
-import hashlib
-import json
 import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import Store
 
-from distilled_decoding import trajectories, zoo
-from distilled_decoding.checkpoint import save_json, save_text
+from distilled_decoding import processes, trajectories, zoo
+from distilled_decoding.checkpoint import from_json, save_json, save_text
 from distilled_decoding.condition import Labels
 from distilled_decoding.cost import distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.describe import info
@@ -32,14 +32,45 @@ from distilled_decoding.metrics.features import FeatureName
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.metrics.reference import read_reference
 from distilled_decoding.noise import image_keys
+from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline, Steps, problems
 from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
 from distilled_decoding.records import claim, identity, record
 from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix, TeacherSampling
+from distilled_decoding.training_log import TrainingLog
+from distilled_decoding.training_state import Checkpoints
+from distilled_decoding.watch import Watch
 
 _PICTURED = 20
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What is written while a student trains.
+
+    Attributes:
+        save_every: updates between checkpoints.
+        keep_last: checkpoints that are kept.
+        resume: a checkpoint to go on from, instead of the newest in the folder.
+        watch_every: updates between pictures of samples, with a quick Frechet distance for a model of the shipped
+            models' images; 0: none.
+        tensorboard: also write files for TensorBoard.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    save_every: int = 500
+    keep_last: int = 3
+    resume: Path | None = None
+    watch_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.watch_every < 0:
+            raise ValueError(f"watch_every must not be negative, got {self.watch_every}")
 
 
 @dataclass(frozen=True)
@@ -149,26 +180,47 @@ def make_trajectories(
         How many there are, how many were made now, and the seconds it took.
 
     Raises:
-        ValueError: counts that are not positive, or a folder that holds another run.
+        ValueError: counts that are not positive, or a folder that holds another run or that another process writes.
         Stopped: the user asked to stop.
     """
     num = _count(pipeline, num)
     pipeline.check_labels()
     manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint)
-    store = TrajectoryStore.create(out, manifest)
-    record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
-    found = store.num_trajectories
     begin = time.perf_counter()
-    with stop_signal() as stop, progress_bar(title, num) as bar:
+    with processes.group(str(pipeline.device)) as shared, ExitStack() as held:
+
+        def prepare() -> None:
+            held.enter_context(processes.only_writer(out))
+            TrajectoryStore.create(out, manifest, num)
+            record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
+
+        processes.first_acts(prepare)
+        store = TrajectoryStore.open(out)
+        made = _fill_store(pipeline, store, settings, shared, title)
+    return {"trajectories": len(store), "made": made, "seconds": round(time.perf_counter() - begin, 3)}
+
+
+def _fill_store(
+    pipeline: Pipeline,
+    store: TrajectoryStore,
+    settings: trajectories.TrajectorySettings,
+    shared: Store,
+    title: str,
+) -> int:
+    """Make this process's part of what is missing; the first waits for the others and returns how many all made."""
+    with stop_signal() as stop, progress_bar(title, len(store)) as bar:
 
         def progress(items: int) -> None:
-            bar.advance(items)
+            bar.at(shared.add("finished", items))
             stop.check()
 
-        trajectories.generate(pipeline.teacher, store, settings, num, progress)
-    seconds = round(time.perf_counter() - begin, 3)
-    made = store.num_trajectories - found
-    return {"trajectories": store.num_trajectories, "made": made, "seconds": seconds}
+        numbers = processes.deal(store.num_shards, shared)
+        made = shared.add("made", trajectories.generate(pipeline.teacher, store, settings, progress, numbers))
+        processes.first_waits(shared, lambda: progress(0))
+        if processes.is_first():
+            bar.at(shared.add("finished", 0))
+            made = shared.add("made", 0)
+    return made
 
 
 def distill_student(
@@ -180,10 +232,13 @@ def distill_student(
     split_block: int | None = None,
     perceptual: str = "none",
     title: str = "distilling",
+    upkeep: Upkeep = Upkeep(),  # noqa: B008 - frozen
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Pipeline:
     """Train a student on a model's trajectories and write the whole pipeline to `out`.
 
-    The state of the training lies in `out/checkpoints`, its log in `out/log.jsonl`.
+    The state of the training lies in `out/checkpoints`, its log in `out/log.jsonl`. Under torchrun every process calls
+    this alike.
 
     Args:
         model: name for the record.
@@ -194,43 +249,50 @@ def distill_student(
         split_block: of the new pipeline; None means the model's.
         perceptual: name of the distance of decoded images, for a perceptual weight; see `image_distance`.
         title: what the progress bar says.
+        upkeep: what is written while it trains.
+        run: how the work is laid out.
 
     Raises:
-        ValueError: trajectories of another teacher, settings that do not fit, a folder that holds another run.
+        ValueError: trajectories of another teacher, settings that do not fit, a folder that holds another run or that
+            another process writes, no valid checkpoint.
+        FloatingPointError: the training diverged.
         Stopped: the user asked to stop; the same call goes on.
     """
-    if store.manifest["teacher"] != pipeline.fingerprint:
-        raise ValueError(f"{store.folder} holds trajectories of another teacher than {model}; make its own")
+    config = pipeline.config
+    origin = trajectories.origin(pipeline.teacher, pipeline.fingerprint, config.sampling, config.flow)
+    store.refuse_other(origin, f"make trajectories of {model} in another folder")
     settings, split_block = _resolved(pipeline, settings, split_block, perceptual)
     distance = image_distance(perceptual, str(pipeline.device))
-    shard = store.load()
     determined = {
         "teacher": pipeline.fingerprint,
-        "trajectories": hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode()).hexdigest(),
+        "trajectories": store.identity,
         "settings": asdict(settings),
         "split_block": split_block,
         "perceptual": perceptual,
     }
-    notes = {"model": model, "trajectories": str(store.folder), "num_trajectories": len(shard)}
-    claim(out, "distill", determined, {**notes, "device": str(pipeline.device)})
-    state, log = out / "checkpoints" / "state.safetensors", out / "log.jsonl"
-    with stop_signal() as stop, progress_bar(title, settings.num_updates) as bar, log.open("a") as lines:
+    notes = {"model": model, "trajectories": str(store.folder), "num_trajectories": len(store)}
+    checkpoints = Checkpoints(out / "checkpoints", determined, upkeep.save_every, upkeep.keep_last)
+    new = pipeline.new_student(settings.seed % 2**63)  # as far as torch's generators go
+    with ExitStack() as stack:
+        stack.enter_context(processes.group(str(pipeline.device)))
+        processes.first_acts(store.check)
+        processes.first_acts(lambda: claim(out, "distill", determined, {**notes, "device": str(pipeline.device)}))
+        processes.first_acts(lambda: stack.enter_context(processes.only_writer(checkpoints.folder)))
+        stop = stack.enter_context(stop_signal())
+        bar = stack.enter_context(progress_bar(title, settings.num_updates))
+        report = _Report(pipeline, out, settings, split_block, upkeep, bar, title)
 
         def on_update(update: Update) -> bool:
-            if update.number % 20 == 0:
-                values = _logged(update)
-                lines.write(json.dumps(values) + "\n")
-                lines.flush()
-                bar.say(f"{title}, loss {values['total']:.3f}, argmax right {values['accuracy']:.1%}")
-            bar.at(update.number)
+            report.write(update)
             return not stop.requested
 
-        new = pipeline.new_student(settings.seed % 2**63)  # as far as torch's generators go
-        student = distill(pipeline.teacher, new, shard, settings, split_block, state, on_update, distance)
+        student = distill(
+            pipeline.teacher, new, store, settings, split_block, checkpoints, on_update, distance, run, upkeep.resume
+        )
         if student is None:
             raise stop.stopped()
-    trained = _with_student(pipeline, store, student, settings, split_block)
-    trained.save_pretrained(out)
+        trained = _with_student(pipeline, store, student, settings, split_block)
+        processes.first_acts(lambda: trained.save_pretrained(out))
     return trained
 
 
@@ -249,9 +311,45 @@ def _resolved(
     return settings, split_block
 
 
-def _logged(update: Update) -> dict[str, float]:
-    losses = {name: round(float(value.detach()), 5) for name, value in vars(update.losses).items()}
-    return {"update": update.number, "learning_rate": update.learning_rate, **losses}
+class _Report:
+    """What the user sees of a training: the bar, the log and the pictures, all made by the first process."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        out: Path,
+        settings: DistillSettings,
+        split_block: int,
+        upkeep: Upkeep,
+        bar: Bar,
+        title: str,
+    ) -> None:
+        self._log = TrainingLog(out, upkeep.tensorboard) if processes.is_first() else None
+        self._watch: Watch | None = None
+        if upkeep.watch_every:
+            start = pipeline.with_settings(start_blocks=settings.start_blocks, split_block=split_block)
+            self._watch = Watch(start, out / "watch")
+        self._watch_every = upkeep.watch_every
+        self._bar = bar
+        self._title = title
+
+    def write(self, update: Update) -> None:
+        """Tell of every twentieth update and of each that was skipped; look at the student when it is time."""
+        if update.number % 20 == 0 or not update.finite:
+            self._say(update)
+        if self._watch is not None and update.number % self._watch_every == 0:
+            seen = self._watch.look(update.average, update.number)
+            if self._log is not None and seen:
+                self._log.write(update.number, seen)
+        self._bar.at(update.number)
+
+    def _say(self, update: Update) -> None:
+        losses = {name: round(float(value), 5) for name, value in vars(update.losses).items()}
+        beside = {"gradient_norm": round(update.gradient_norm, 5), "skipped": update.skipped}
+        if self._log is not None:
+            self._log.write(update.number, {"learning_rate": update.learning_rate, **losses, **beside})
+        skipped = f", {update.skipped} skipped" if update.skipped else ""
+        self._bar.say(f"{self._title}, loss {losses['total']:.3f}, argmax right {losses['accuracy']:.1%}{skipped}")
 
 
 def _with_student(
@@ -262,7 +360,7 @@ def _with_student(
         pipeline.config,
         sampling=TeacherSampling(**store.manifest["sampling"]),
         flow=FlowSettings(**store.manifest["flow"]),
-        num_trajectories=store.num_trajectories,
+        num_trajectories=len(store),
         training=settings,
     )
     return Pipeline(pipeline.teacher, None, config).with_student(student, settings.start_blocks, split_block)
@@ -324,6 +422,7 @@ def plan_distillation(
     split_block: int | None,
     perceptual: str,
     device: str,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """What `distill_student` would need: time, memory, disk; nothing is written.
 
@@ -334,6 +433,7 @@ def plan_distillation(
         split_block: of the new pipeline.
         perceptual: name of the distance of decoded images.
         device: where it will run.
+        run: how the work is laid out; the plan is for one process.
 
     Raises:
         ValueError: settings that do not fit the model, or a model that reads captions.
@@ -343,7 +443,7 @@ def plan_distillation(
     settings, _ = _resolved(pipeline, settings, split_block, perceptual)
     student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
     speed = flops_per_second(torch.device(device), settings.bf16)
-    cost = distillation_cost(pipeline.teacher, student, settings, num, speed, torch.device(device))
+    cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run)
     what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}
     return {**what, "device": device, **cost.readable()}
 
@@ -427,12 +527,40 @@ def verify(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} holds neither trajectories (manifest.json) nor a pipeline (model_index.json)")
 
 
+def repair(path: Path, model: str, device: str) -> dict[str, Any]:
+    """Make the trajectories of a folder again that are missing, damaged or foreign, bit for bit; the others stay.
+
+    Args:
+        path: the folder.
+        model: the one that made it.
+        device: where the model runs; the bits are those of the same kind of machine.
+
+    Returns:
+        What was wrong and is mended, and what is still wrong, a sentence each.
+
+    Raises:
+        ValueError: it holds no trajectories, or those of another model.
+        Stopped: the user asked to stop.
+    """
+    store, pipeline = TrajectoryStore.open(path), Pipeline.from_pretrained(model, device)
+    names = [field.name for field in fields(trajectories.TrajectorySettings)]
+    settings = from_json(trajectories.TrajectorySettings, {name: store.manifest.get(name) for name in names}, path)
+    found = store.problems()
+    make_trajectories(model, pipeline, path, len(store), settings, "repairing")
+    for stray in store.strays():
+        stray.unlink()
+    return {"kind": "trajectories", "repaired": found, "problems": store.problems()}
+
+
 def check_device(name: str) -> str:
     """The name of a device that torch can use here: `cpu`, `cuda`, `cuda:1` ... or `mps`.
+
+    Of several processes, each gets a GPU of its own for `cuda`.
 
     Raises:
         ValueError: there is no such device.
     """
+    name = processes.own_device(name)
     index = re.fullmatch(r"cuda(?::(\d+))?", name)
     known = {"cpu"} | ({"mps"} if torch.backends.mps.is_available() else set())
     if name in known or (index and int(index[1] or 0) < torch.cuda.device_count()):

@@ -29,8 +29,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distilled_decoding.condition import Labels
-from distilled_decoding.distill import DistillSettings, batch_loss
+from distilled_decoding.distill import DistillSettings, attention_on, batch_loss
 from distilled_decoding.flow import flow_map
+from distilled_decoding.parallel import RunSettings, recompute_layers
 from distilled_decoding.store import Shard
 from distilled_decoding.teacher import log_probabilities
 from distilled_decoding.trajectories import TrajectorySettings
@@ -126,9 +127,9 @@ def distillation_cost(
     teacher: Any,
     student: nn.Module,
     settings: DistillSettings,
-    num_trajectories: int,
     flops_per_second: float,
     device: torch.device,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
 ) -> Cost:
     """What it takes to train a student; `settings.compile` needs less.
 
@@ -138,9 +139,10 @@ def distillation_cost(
         teacher: a `Teacher` and `nn.Module`; its weights are not read and may be on the meta device.
         student: a `Student`, likewise.
         settings: as `distill` takes them, with or without starting blocks.
-        num_trajectories: all of them are held in memory.
         flops_per_second: of the device, in bfloat16 if the settings say so.
-        device: where it will run; attention keeps its scores for the backward pass on a CPU, not on a GPU.
+        device: where it will run, in one process; attention keeps its scores for the backward pass on a CPU, not on a
+            GPU.
+        run: as `distill` takes it; `sharded` is not looked at.
     """
     order = teacher.order
     attention = nullcontext() if device.type == "cpu" else _FlashAttention()
@@ -149,23 +151,24 @@ def distillation_cost(
         parameters = list(student.parameters())
         beside = [torch.empty_like(p) for p in parameters for _ in ("average", "first moment", "second moment")]
         for parameter in parameters:
-            # An update begins with the gradients of the one before.
             parameter.grad = torch.empty_like(parameter)
         fixed_bytes = meter.held
-        zero_N = torch.zeros(num_trajectories, dtype=torch.int64)
-        shard = Shard(torch.zeros(num_trajectories, order.length, dtype=torch.int64), zero_N, zero_N.clone())
-        index_B = torch.zeros(settings.batch_size, dtype=torch.int64)
-        with meter.counting() as count:
-            losses = batch_loss(
-                teacher, student, shard[index_B], index_B, settings, order.num_blocks, image_distance=F.mse_loss
-            )
-            student.zero_grad()
+        if run.recompute:
+            recompute_layers(student)
+        size = run.micro_batch or settings.batch_size
+        zero_B = torch.zeros(settings.batch_size, dtype=torch.int64)
+        shard = Shard(zero_B[:size].expand(order.length, -1).T.contiguous(), zero_B[:size], zero_B[:size])
+        with meter.counting() as count, attention_on(device):
+            if size >= settings.batch_size:
+                student.zero_grad()  # otherwise the gradients of the parts before are there
+            part = slice(0, size)
+            losses = batch_loss(teacher, student, shard, zero_B, settings, order.num_blocks, F.mse_loss, part)
             losses.total.backward()
         del beside
         # The state of the training holds the student, its average, and of each parameter two moments and a counter.
         state_bytes = 2 * _file_bytes(student) + sum(2 * p.nbytes + 4 for p in parameters)
         disk_bytes = state_bytes + _file_bytes(teacher) + _file_bytes(student)
-    flops = settings.num_updates * count.flops
+    flops = settings.num_updates * count.flops * settings.batch_size // min(size, settings.batch_size)
     seconds = flops / flops_per_second / _DISTILLATION_EFFICIENCY
     return Cost(flops, seconds, count.peak, fixed_bytes, disk_bytes)
 

@@ -1,7 +1,7 @@
 """The training loop: a student learns to jump from noise to the end of the teacher's trajectories.
 
 Every random choice of an update follows from the seed and its number alone, so a stopped run that goes on equals
-one that was never stopped.
+one that was never stopped, and any number of processes learn the same in the same order.
 
 Axis letters: B batch, L tokens in a sequence, C code channels, N trajectories, S blocks.
 """
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,21 +18,31 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.checkpoint import load_training, save_training
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.losses import (
     ImageDistance,
     Losses,
     LossWeights,
+    Totals,
     corrupt,
     distillation_loss,
     perceptual_loss,
 )
-from distilled_decoding.noise import gaussian_noise, image_keys, uniform
-from distilled_decoding.store import Shard
+from distilled_decoding.noise import gaussian_noise, image_keys, shuffled, uniform
+from distilled_decoding.parallel import (
+    RunSettings,
+    Trainee,
+    any_process,
+    own_parts,
+    recompute_layers,
+    shard,
+    whole,
+)
+from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.student import StudentOutput, soft_sequence
 from distilled_decoding.teacher import Teacher, draw
+from distilled_decoding.training_state import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,25 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class Update:
-    """What is reported after an update: its number, counted from 1, its losses and learning rate."""
+    """What is reported after an update.
+
+    Attributes:
+        number: counted from 1.
+        losses: of the whole update, whatever part of it this process took.
+        learning_rate: its own.
+        gradient_norm: before clipping.
+        finite: whether loss and gradient were; the update was skipped if not.
+        skipped: skipped updates in all.
+        average: the averaged student as it is now.
+    """
 
     number: int
     losses: Losses
     learning_rate: float
+    gradient_norm: float
+    finite: bool
+    skipped: int
+    average: nn.Module
 
 
 def learning_rate_at(update: int, settings: DistillSettings) -> float:
@@ -127,20 +150,14 @@ def learning_rate_at(update: int, settings: DistillSettings) -> float:
     return settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_trajectories: int) -> Tensor:
-    """The order of the trajectories in one pass over them, int64 [N]."""
-    key_1 = image_keys("training", seed, [epoch])
-    return uniform(key_1, num_trajectories, stream=2)[0].argsort(stable=True)
-
-
 def batch_indices(update: int, settings: DistillSettings, num_trajectories: int) -> Tensor:
-    """The trajectories of an update, int64 [B]: passes over all of them, laid end to end."""
+    """The trajectories of an update, int64 [B]: passes over all of them, in ever new orders, laid end to end."""
     place_B = torch.arange(update * settings.batch_size, (update + 1) * settings.batch_size)
     epoch_B, index_B = place_B // num_trajectories, place_B % num_trajectories
     for epoch in epoch_B.unique().tolist():
         chosen_B = epoch_B == epoch
-        index_B[chosen_B] = epoch_order(settings.seed, epoch, num_trajectories)[index_B[chosen_B]]
+        key_1 = image_keys("training", settings.seed, [epoch])
+        index_B[chosen_B] = shuffled(index_B[chosen_B], num_trajectories, key_1)
     return index_B
 
 
@@ -153,14 +170,18 @@ def start_blocks_of(update: int, settings: DistillSettings) -> Tensor:
 
 
 def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:
-    """AdamW whose weight decay spares vectors (norms, biases)."""
+    """AdamW whose weight decay spares vectors (norms, biases), its moments at zero."""
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+    for parameter in student.parameters():
+        moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
 
 
 @torch.no_grad()
@@ -179,30 +200,46 @@ def batch_loss(
     settings: DistillSettings,
     split_block: int,
     image_distance: ImageDistance | None = None,
+    part: slice = slice(None),  # noqa: B008 - a slice is a constant
 ) -> Losses:
-    """The loss of a student on some trajectories, each started from its own number of known blocks (Eq. 5, 6, 7)."""
+    """The loss of a student on some trajectories, each started from its own number of known blocks (Eq. 5, 6, 7).
+
+    Args:
+        teacher: see `distill`, like the others that are not named here.
+        student: predicts.
+        batch: the trajectories of a part of an update.
+        known_blocks_B: of all rows of the update.
+        settings: see there.
+        split_block: likewise.
+        image_distance: likewise.
+        part: the rows of the update that `batch` holds; the losses of all parts add up to those of the update.
+    """
     order, codebook_VC = teacher.order, teacher.codebook
     device = codebook_VC.device
     token_BL, known_blocks_B = batch.token_NL.to(device), known_blocks_B.to(device)
+    weight_L = None
+    if settings.block_weights:
+        weight_L = torch.tensor(settings.block_weights, device=device)[order.block_L(device)]
+    totals = Totals.of(order.known_BL(known_blocks_B), weight_L)
+    share = len(batch) / len(known_blocks_B)
+    known_blocks_B = known_blocks_B[part]
     code_BLC = lookup(token_BL, codebook_VC)
     noise_BLC = gaussian_noise(batch.key_N.to(device), order.length, codebook_VC.shape[1])
     known_BL = order.known_BL(known_blocks_B)
     condition = Labels(batch.label_N, teacher.num_classes).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16), _attention(device):
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
         output = student(corrupt(noise_BLC, code_BLC, known_BL), condition, known_blocks_B)
     perceptual = None
     if settings.loss.perceptual_weight > 0:
         assert image_distance is not None
         predicted_BLC = soft_sequence(output, codebook_VC, order.tokens_before(split_block))
         predicted_BLC = torch.where(known_BL.unsqueeze(-1), code_BLC, predicted_BLC)
-        perceptual = perceptual_loss(predicted_BLC, code_BLC, teacher.decode, image_distance)
-    weight_L = None
-    if settings.block_weights:
-        weight_L = torch.tensor(settings.block_weights, device=device)[order.block_L(device)]
-    return distillation_loss(output, token_BL, code_BLC, known_BL, settings.loss, weight_L, perceptual)
+        perceptual = share * perceptual_loss(predicted_BLC, code_BLC, teacher.decode, image_distance)
+    return distillation_loss(output, token_BL, code_BLC, known_BL, settings.loss, weight_L, perceptual, totals)
 
 
-def _attention(device: torch.device) -> AbstractContextManager[None]:
+def attention_on(device: torch.device) -> AbstractContextManager[None]:
+    """What forward and backward pass run in."""
     # On a CPU the fused kernel's backward pass in bfloat16 takes three times as long as plain attention's.
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
@@ -210,55 +247,93 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
 def distill(
     teacher: Teacher,
     student: nn.Module,
-    trajectories: Shard,
+    trajectories: Shard | TrajectoryStore,
     settings: DistillSettings,
     split_block: int,
-    state: Path,
+    checkpoints: Checkpoints,
     on_update: Callable[[Update], bool],
     image_distance: ImageDistance | None = None,
-    save_every: int = 500,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
+    resume: Path | None = None,
 ) -> nn.Module | None:
     """Train a student and return its averaged weights.
+
+    All processes of a run call this alike, within `processes.group`, and have the same result.
 
     Args:
         teacher: made the trajectories; gives order, codebook and decoder.
         student: trained in place, on the teacher's device.
-        trajectories: what it learns.
+        trajectories: what it learns; each process reads its own rows of every update.
         settings: see there.
         split_block: where sampling will go over from the logits to the code head; the perceptual loss follows it.
-        state: file that holds the run; when it is there, the run goes on from it.
-        on_update: hears of every update; when it returns False the run is saved and stops.
+        checkpoints: hold the run; when there are some, the run goes on from the newest.
+        on_update: hears of every update, in every process; when it returns False in any, the run is saved and stops.
         image_distance: the perceptual distance, needed when its weight is positive.
-        save_every: updates between saves.
+        run: see there.
+        resume: a checkpoint to go on from instead.
 
     Returns:
         The averaged student, or None when the run was stopped before its end.
 
     Raises:
-        ValueError: settings that do not fit the teacher.
+        ValueError: settings that do not fit the teacher or the processes, or no valid checkpoint among those there are.
+        FloatingPointError: too many updates in a row were not finite.
     """
     settings.check(teacher.order, split_block)
     if settings.loss.perceptual_weight > 0 and image_distance is None:
         raise ValueError(f"a perceptual weight of {settings.loss.perceptual_weight} needs an image distance")
-    ema = copy.deepcopy(student).requires_grad_(False)
+    parts = own_parts(settings.batch_size, run.micro_batch)
+    average = copy.deepcopy(student).requires_grad_(False).eval()
+    result = copy.deepcopy(average) if run.sharded else average
+    if run.recompute:
+        recompute_layers(student)
+    if run.sharded:
+        shard(student)
+        shard(average)
     optimizer = make_optimizer(student, settings)
-    modules, optimizers = {"student": student, "ema": ema}, {"optimizer": optimizer}
-    first = load_training(state, modules, optimizers) if state.is_file() else 0
-    forward = torch.compile(student.train()) if settings.compile else student.train()
-    for update in range(first, settings.num_updates):
+    tensors = _state(student, average, optimizer)
+    counts = checkpoints.load_newest(tensors) if resume is None else checkpoints.load(resume, tensors)
+    trainee = Trainee(student.train(), settings.compile)
+    while counts.updates < settings.num_updates:
+        update = counts.updates
+        rate = learning_rate_at(update, settings)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(update, settings)
-        batch = trajectories[batch_indices(update, settings, len(trajectories))]
+            group["lr"] = rate
+        index_B = batch_indices(update, settings, len(trajectories))
         known_blocks_B = start_blocks_of(update, settings)
-        losses = batch_loss(teacher, forward, batch, known_blocks_B, settings, split_block, image_distance)
+
+        def losses_of(part: slice, index_B: Tensor = index_B, known_blocks_B: Tensor = known_blocks_B) -> Losses:
+            batch, forward = trajectories[index_B[part]], trainee.forward
+            return batch_loss(teacher, forward, batch, known_blocks_B, settings, split_block, image_distance, part)
+
         optimizer.zero_grad()
-        losses.total.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), settings.grad_clip)
-        optimizer.step()
-        update_ema(ema, student, update, settings)
-        keep_on = on_update(Update(update + 1, losses, group["lr"]))
-        if not keep_on or (update + 1) % save_every == 0 or update + 1 == settings.num_updates:
-            save_training(state, modules, optimizers, update + 1)
-        if not keep_on:
+        with attention_on(teacher.codebook.device):
+            losses = trainee.gradients(losses_of, parts)
+        norm = trainee.clip_gradients(settings.grad_clip)
+        finite = math.isfinite(losses.total) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+            update_ema(average, student, update, settings)
+        counts = counts.after(finite)
+        if counts.skipped_in_row == run.patience:
+            path = checkpoints.save(tensors, counts, "failed")
+            raise FloatingPointError(
+                f"{run.patience} updates in a row were not finite (at the last, {counts.updates}, the loss was "
+                f"{losses.total:g}, the gradient's norm {norm:g}); the state is in {path}; try a lower learning rate"
+            )
+        keep_on = on_update(Update(counts.updates, losses, rate, norm, finite, counts.skipped, average))
+        stop = any_process(not keep_on)
+        if stop or counts.updates == settings.num_updates or checkpoints.due(counts.updates):
+            checkpoints.save(tensors, counts)
+        if stop:
             return None
-    return ema.eval()
+    return whole(average, result) if run.sharded else average
+
+
+def _state(student: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that training changes, by name; the tensors themselves."""
+    tensors = {f"student/{name}": value for name, value in student.state_dict().items()}
+    tensors |= {f"average/{name}": value for name, value in average.state_dict().items()}
+    for name, parameter in student.named_parameters():
+        tensors |= {f"optimizer/{name}/{field}": value for field, value in optimizer.state[parameter].items()}
+    return tensors

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.checkpoint import load_json, load_tensors, save_json, save_tensors
+from distilled_decoding.checkpoint import first_difference, load_json, load_tensors, save_json, save_tensors
 from distilled_decoding.codebook import nearest
 from distilled_decoding.condition import Labels
 from distilled_decoding.methods import Method, check_names, method
@@ -30,7 +30,7 @@ from distilled_decoding.metrics.precision_recall import precision_recall
 from distilled_decoding.metrics.reference import MIN_IMAGES, Measured, Reference, check_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
-from distilled_decoding.records import environment, first_difference, record
+from distilled_decoding.records import environment, record
 from distilled_decoding.trajectories import Progress
 
 

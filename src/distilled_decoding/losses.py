@@ -16,7 +16,7 @@ Decode = Callable[[Tensor], Tensor]
 """Codes [B, L, C] to images [B, 1 or 3, H, W]."""
 
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
-"""A scalar distance of two image batches; gradients flow to the first."""
+"""A scalar distance of two image batches, a mean over images; gradients flow to the first."""
 
 
 def corrupt(noise_BLC: Tensor, code_BLC: Tensor, known_BL: Tensor) -> Tensor:
@@ -58,8 +58,23 @@ class Losses:
     accuracy: Tensor
 
 
-def _mean(value_BL: Tensor, weight_BL: Tensor) -> Tensor:
-    return (value_BL * weight_BL).sum() / weight_BL.sum()
+@dataclass(frozen=True)
+class Totals:
+    """What the sums over tokens are divided by; the losses of the parts of an update then add up to those of the whole.
+
+    Attributes:
+        weight: of all unknown tokens of the update.
+        unknown: how many they are.
+    """
+
+    weight: Tensor
+    unknown: Tensor
+
+    @classmethod
+    def of(cls, known_BL: Tensor, weight_L: Tensor | None = None) -> "Totals":
+        """Totals of an update; for the arguments see `distillation_loss`."""
+        unknown_BL = (~known_BL).float()
+        return cls((unknown_BL * (1.0 if weight_L is None else weight_L)).sum(), unknown_BL.sum())
 
 
 def distillation_loss(
@@ -70,6 +85,7 @@ def distillation_loss(
     weights: LossWeights,
     weight_L: Tensor | None = None,
     perceptual: Tensor | None = None,
+    totals: Totals | None = None,
 ) -> Losses:
     """The loss of a student against the ends of its trajectories, over unknown tokens only (Eq. 7).
 
@@ -81,16 +97,19 @@ def distillation_loss(
         weights: of the parts.
         weight_L: weight of each token; None weighs all alike.
         perceptual: distance of the decoded images, a scalar (`perceptual_loss`); None counts as 0.
+        totals: of the update that these sequences are a part of; None means that they are all of it.
     """
-    weight_BL = (~known_BL).float() * (1.0 if weight_L is None else weight_L)
+    totals = Totals.of(known_BL, weight_L) if totals is None else totals
+    unknown_BL = (~known_BL).float()
+    weight_BL = unknown_BL * (1.0 if weight_L is None else weight_L)
     flat = F.cross_entropy(output.logits_BLV.flatten(0, 1), token_BL.flatten(), reduction="none")
     cross_entropy_BL = flat.view(token_BL.shape)
-    logits = _mean(cross_entropy_BL, weight_BL)
-    code = _mean((output.code_BLC - code_BLC).square().sum(-1), weight_BL)
+    logits = (cross_entropy_BL * weight_BL).sum() / totals.weight
+    code = ((output.code_BLC - code_BLC).square().sum(-1) * weight_BL).sum() / totals.weight
     perceptual = logits.new_zeros(()) if perceptual is None else perceptual
     total = weights.logits_weight * logits + weights.code_weight * code + weights.perceptual_weight * perceptual
     hits_BL = (output.logits_BLV.argmax(-1) == token_BL).float()
-    return Losses(total, logits, code, perceptual, _mean(hits_BL, (~known_BL).float()))
+    return Losses(total, logits, code, perceptual, (hits_BL * unknown_BL).sum() / totals.unknown)
 
 
 def perceptual_loss(predicted_BLC: Tensor, code_BLC: Tensor, decode: Decode, image_distance: ImageDistance) -> Tensor:

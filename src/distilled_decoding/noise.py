@@ -5,19 +5,23 @@ integer arithmetic alone: the same on CPU and GPU, for any batch split, order or
 `randn` keeps none of this. Value n of a sequence depends on the key, the stream and n only, so a shorter
 sequence is always a prefix of a longer one.
 
-Axis letters: B batch (one key each), L tokens in a sequence, C code channels, N counters.
+Axis letters: B batch (one key each), L tokens in a sequence, C code channels, N counters or places.
 """
 
 import math
 from collections.abc import Iterable
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 
 import torch
 from torch import Tensor
 
 DOMAINS = ("trajectories", "evaluation", "sampling", "training", "image")
 
+SCHEME = "philox4x32-10, box-muller"
+"""The name of the generator."""
+
 _ROUNDS = 10
+_SHUFFLE_STREAMS = range(4, 10)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
@@ -64,6 +68,12 @@ def gaussian_noise(key_B: Tensor, length: int, channels: int, stream: int = 0) -
     return normal_BP2.flatten(1)[:, :count].unflatten(1, (length, channels)).float()
 
 
+def sample_checksum() -> str:
+    """A hash of a little noise, made on the CPU and rounded to what all machines agree on: equal for equal schemes."""
+    noise_BLC = gaussian_noise(image_keys("trajectories", 0, range(4)), 4, 4)
+    return sha256((noise_BLC * 1000).round().long().numpy().tobytes()).hexdigest()
+
+
 def uniform(key_B: Tensor, length: int, stream: int) -> Tensor:
     """Return uniform numbers of each image, one a token.
 
@@ -76,6 +86,35 @@ def uniform(key_B: Tensor, length: int, stream: int) -> Tensor:
         uniform_BL, float64 [B, L] strictly inside (0, 1), in steps of 2^-32, on the device of the keys.
     """
     return _unit(key_B, length, stream)
+
+
+def shuffled(place_N: Tensor, num: int, key_1: Tensor) -> Tensor:
+    """Return what stands at some places of a random order of 0..num-1, which is itself never written down.
+
+    A Feistel network whose rounds are Philox words permutes the numbers below a power of four; a result behind `num`
+    goes through it again until it lies before.
+
+    Args:
+        place_N: int64 [N], each in 0..num-1.
+        num: how many numbers are in the order.
+        key_1: key of the order, int64 [1].
+
+    Returns:
+        int64 [N]; all places together give every number once.
+    """
+    half = max(1, ((num - 1).bit_length() + 1) // 2)
+
+    def permuted(value_N: Tensor) -> Tensor:
+        left_N, right_N = value_N >> half, value_N & (2**half - 1)
+        for stream in _SHUFFLE_STREAMS:
+            word_N = philox(key_1, right_N, stream)[0, :, 0]
+            left_N, right_N = right_N, left_N ^ (word_N & (2**half - 1))
+        return left_N << half | right_N
+
+    value_N = permuted(place_N)
+    while (behind_N := value_N >= num).any():
+        value_N = torch.where(behind_N, permuted(value_N), value_N)
+    return value_N
 
 
 def philox(key_B: Tensor, counter_N: Tensor, stream: int) -> Tensor:

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distilled_decoding.processes import is_first
+
 
 class Stopped(Exception):  # noqa: N818
     """The user asked to stop; what was finished is kept."""
@@ -37,8 +39,9 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Straight to the file: a handler may have interrupted a buffered write.
-        os.write(2, b"\nstopping after the current step; once more stops at once\n")
+        if is_first():
+            # Straight to the file: a handler may have interrupted a buffered write.
+            os.write(2, b"\nstopping after the current step; once more stops at once\n")
 
     def check(self) -> None:
         """Raise `Stopped` when a stop was requested."""
@@ -84,7 +87,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Bar]:
-    """A bar on standard error with the time elapsed and left."""
+    """A bar on standard error with the time elapsed and left; of several processes the first shows it."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -94,5 +97,5 @@ def progress_bar(description: str, total: int) -> Iterator[Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not is_first()) as progress:
         yield Bar(progress, description, total)

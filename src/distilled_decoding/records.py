@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distilled_decoding.checkpoint import load_json, save_json
+from distilled_decoding.checkpoint import first_difference, load_json, save_json
+from distilled_decoding.processes import holds_files
 
 if TYPE_CHECKING:
     from distilled_decoding.pipeline import Pipeline
@@ -46,7 +47,7 @@ def claim(
         difference = first_difference(record["settings"], _plain(settings))
         if difference:
             raise ValueError(f"{out} holds another run: its {difference}; {way_out}")
-    elif out.exists() and any(out.iterdir()):
+    elif holds_files(out):
         raise ValueError(f"{out} is not empty and holds no {_RECORD}; {way_out}")
     else:
         _write(out, command, settings, notes)
@@ -87,16 +88,6 @@ def identity(pipeline: "Pipeline", plan: "Plan") -> dict[str, Any]:
     if plan.schedule:
         values |= {"student": pipeline.student_fingerprint, "split_block": config.split_block}
     return _plain(values)
-
-
-def first_difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
-    """The first value in which two nested records differ, such as `settings.seed is 0, not 1`; None when none does."""
-    flat_found, flat_asked = _flat(found), _flat(asked)
-    for key in sorted({*flat_found, *flat_asked}):
-        a, b = (json.dumps(flat[key]) if key in flat else "absent" for flat in (flat_found, flat_asked))
-        if a != b:
-            return f"{key} is {a}, not {b}"
-    return None
 
 
 def environment() -> dict[str, Any]:
@@ -142,14 +133,6 @@ def _write(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as JSON gives them back: tuples become lists, paths strings."""
     return json.loads(json.dumps(dict(values), default=str))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
 
 
 def _commit() -> tuple[str | None, bool | None]:

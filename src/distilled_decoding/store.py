@@ -1,17 +1,24 @@
 """Trajectories on disk: a manifest and shards of fixed-width records, two bytes a token.
 
+`manifest.json` holds what determines the trajectories, and how many there shall be. Each shard is two files, the
+tensors and a small JSON that says what they are, so that processes which make different shards share no file.
+
 Axis letters: N trajectories, L tokens in a sequence.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from distilled_decoding.checkpoint import load_json, load_tensors, save_json, save_tensors, sha256
+from distilled_decoding.checkpoint import first_difference, from_json, load_json, save_json, save_tensors, sha256
+from distilled_decoding.processes import holds_files
 
 _MANIFEST = "manifest.json"
 
@@ -40,34 +47,52 @@ class Shard:
         return Shard(self.token_NL[index], self.label_N[index], self.key_N[index])
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What a shard's JSON says: the run it is of, its number, and the size and hash of its tensors' file."""
+
+    run: str
+    number: int
+    num: int
+    bytes: int
+    sha256: str
+
+
 class TrajectoryStore:
-    """A folder of shards whose manifest says what made them."""
+    """A folder of trajectories, read from disk as they are asked for: `len(store)`, `store[index_N]`.
+
+    Attributes:
+        folder: where it is.
+        manifest: what made it, and `num`, how many trajectories there shall be.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._run = _digest({k: v for k, v in manifest.items() if k != "num"})
 
     @classmethod
-    def create(cls, folder: Path, settings: Mapping[str, Any]) -> "TrajectoryStore":
+    def create(cls, folder: Path, settings: Mapping[str, Any], num: int) -> "TrajectoryStore":
         """Open a folder for writing; one that exists must have been made from the same settings.
+
+        Args:
+            folder: new or empty, or of the same run.
+            settings: what determines the trajectories.
+            num: how many there shall be at least.
 
         Raises:
             ValueError: the folder holds something else.
         """
-        path = folder / _MANIFEST
-        if path.is_file():
+        if (folder / _MANIFEST).is_file():
             store = cls.open(folder)
-            for key, value in _plain(settings).items():
-                if store.manifest.get(key) != value:
-                    raise ValueError(
-                        f"{folder} holds another run: its {key} is {store.manifest.get(key)!r}, not {value!r}; "
-                        "choose another --out"
-                    )
-            return store
-        if folder.exists() and any(folder.iterdir()):
+            store.refuse_other(settings, "choose another --out")
+        elif holds_files(folder):
             raise ValueError(f"{folder} is not empty and holds no trajectories; choose another --out")
-        store = cls(folder, {**_plain(settings), "shards": {}})
-        save_json(path, store.manifest)
+        else:
+            store = cls(folder, json.loads(json.dumps({**settings, "num": 0})))
+        if len(store) < num:
+            store.manifest["num"] = num
+            save_json(folder / _MANIFEST, store.manifest)
         return store
 
     @classmethod
@@ -80,76 +105,141 @@ class TrajectoryStore:
         if not (folder / _MANIFEST).is_file():
             raise ValueError(f"{folder} holds no trajectories (no {_MANIFEST}); make them with `trajectories`")
         manifest = load_json(folder / _MANIFEST)
-        if not isinstance(manifest, dict) or not {"teacher", "shards"} <= set(manifest):
+        if not isinstance(manifest, dict) or not {"teacher", "shard_size", "num"} <= set(manifest):
             raise ValueError(f"{folder / _MANIFEST} is not a manifest of trajectories")
         return cls(folder, manifest)
 
-    @property
-    def num_trajectories(self) -> int:
-        """Trajectories in finished shards."""
-        return sum(entry["num"] for entry in self.manifest["shards"].values())
+    def refuse_other(self, settings: Mapping[str, Any], way_out: str) -> None:
+        """Compare the manifest with settings that it must agree with.
 
-    def num_in_shard(self, number: int) -> int:
-        """Trajectories that a shard holds; 0 when it is not there."""
-        return int(self._entry(number).get("num", 0))
-
-    def read(self, number: int) -> Shard:
-        """One shard.
+        Args:
+            settings: some fields of the manifest or all.
+            way_out: what to advise when they differ.
 
         Raises:
-            ValueError: it is missing or damaged.
+            ValueError: they differ; says in what, with the two values.
         """
-        entry = self._entry(number)
-        path = self.folder / entry["file"]
-        tensors, _ = load_tensors(path)
-        if sha256(path) != entry["sha256"]:
-            raise ValueError(f"{path} is damaged: its hash is not the manifest's; make the trajectories again")
-        return Shard(tensors["token_NL"].long(), tensors["label_N"].long(), tensors["key_N"])
+        found = {key: self.manifest.get(key) for key in settings}
+        if difference := first_difference(found, json.loads(json.dumps(settings))):
+            raise ValueError(f"{self.folder} holds another run: its {difference}; {way_out}")
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards there shall be."""
+        return -(-len(self) // self.manifest["shard_size"])
+
+    @property
+    def identity(self) -> str:
+        """One hash of everything in the store.
+
+        Raises:
+            ValueError: a shard is missing.
+        """
+        records = [asdict(self._record(number)) for number in range(self.num_shards)]
+        return _digest({"manifest": self.manifest, "shards": records})
+
+    def span(self, number: int) -> range:
+        """The trajectories that a shard shall hold."""
+        size = self.manifest["shard_size"]
+        return range(number * size, min((number + 1) * size, len(self)))
+
+    def num_begun(self, number: int) -> int:
+        """How many of them it holds, counted from the first; 0 when it is missing or not what it should be."""
+        return 0 if self._fault(number) else self._record(number).num
+
+    def __len__(self) -> int:
+        return int(self.manifest["num"])
+
+    def __getitem__(self, index_N: Tensor) -> Shard:
+        """Some trajectories; nothing but these is held in memory.
+
+        Raises:
+            ValueError: a file that they are in is missing or cannot be read.
+        """
+        size = self.manifest["shard_size"]
+        number_N, order_N = (index_N // size).sort(stable=True)
+        row_N = index_N[order_N] % size
+        parts = [self._rows(n, row_N[number_N == n]) for n in number_N.unique().tolist()]
+        return Shard.cat(parts)[order_N.argsort()]
 
     def write(self, number: int, shard: Shard) -> None:
-        """Write a shard, new or grown, under a new name and then enter it in the manifest.
+        """Write a shard, or a longer one in its place.
 
-        A crash between the two leaves the old one in place.
+        A crash in between leaves a shard that does not agree with its JSON, and is made again.
         """
         assert int(shard.token_NL.max()) < 2**16, "tokens are stored as uint16"
-        path = self.folder / f"shard-{number:05d}-{len(shard):06d}.safetensors"
+        path = self._path(number)
         tensors = {
             "token_NL": shard.token_NL.to(torch.uint16),
             "label_N": shard.label_N.to(torch.int32),
             "key_N": shard.key_N,
         }
         save_tensors(path, tensors)
-        old = self._entry(number).get("file")
-        self.manifest["shards"][f"{number:05d}"] = {"file": path.name, "num": len(shard), "sha256": sha256(path)}
-        save_json(self.folder / _MANIFEST, self.manifest)
-        if old not in (None, path.name):
-            (self.folder / old).unlink()
-
-    def load(self) -> Shard:
-        """All trajectories in memory, in order.
-
-        Raises:
-            ValueError: a shard is missing or damaged, or there is none.
-        """
-        if not self.manifest["shards"]:
-            raise ValueError(f"{self.folder} holds no finished shard; run `trajectories` again")
-        return Shard.cat([self.read(number) for number in sorted(map(int, self.manifest["shards"]))])
+        record = _Record(self._run, number, len(shard), path.stat().st_size, sha256(path))
+        save_json(path.with_suffix(".json"), asdict(record))
 
     def problems(self) -> list[str]:
-        """What is wrong with the shards, a sentence each; empty when every hash agrees."""
-        found = []
-        for entry in self.manifest["shards"].values():
-            path = self.folder / entry["file"]
-            if not path.is_file():
-                found.append(f"{path} is missing")
-            elif sha256(path) != entry["sha256"]:
-                found.append(f"{path} is damaged: its hash is not the manifest's")
-        return found
+        """What is wrong, a sentence for each shard and each file too many; empty when every hash agrees."""
+        found = [self._fault(number) or self._shortness(number) for number in range(self.num_shards)]
+        strays = [f"{path} is foreign: this run has {self.num_shards} shards" for path in self.strays()]
+        return [problem for problem in found if problem] + strays
 
-    def _entry(self, number: int) -> dict[str, Any]:
-        return self.manifest["shards"].get(f"{number:05d}", {})
+    def check(self) -> None:
+        """Read everything once.
+
+        Raises:
+            ValueError: something is wrong; says what, and how to mend it.
+        """
+        if found := self.problems():
+            raise ValueError(f"{found[0]}; `verify {self.folder} --repair MODEL` makes again what is missing")
+
+    def strays(self) -> list[Path]:
+        """Files of shards that this run does not have."""
+        wanted = {self._path(number).stem for number in range(self.num_shards)}
+        return sorted(path for path in self.folder.glob("shard-*") if path.stem not in wanted)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+    def _record(self, number: int) -> _Record:
+        path = self._path(number).with_suffix(".json")
+        return from_json(_Record, load_json(path), path)
+
+    def _fault(self, number: int) -> str | None:
+        """What is wrong with what is there of a shard."""
+        path = self._path(number)
+        if not path.is_file():
+            return f"{path} is missing"
+        try:
+            record = self._record(number)
+        except ValueError as error:
+            return str(error)
+        if (record.run, record.number) != (self._run, number):
+            other = f"shard {record.number} of run {record.run[:12]}"
+            return f"{path} is foreign: it is {other}, not shard {number} of run {self._run[:12]}"
+        size = path.stat().st_size
+        if size != record.bytes:
+            return f"{path} is truncated: it has {size} of {record.bytes} bytes"
+        if (found := sha256(path)) != record.sha256:
+            return f"{path} is damaged: its hash is {found[:12]}, not {record.sha256[:12]}"
+        return None
+
+    def _shortness(self, number: int) -> str | None:
+        found, wanted = self._record(number).num, len(self.span(number))
+        return (
+            f"{self._path(number)} is unfinished: it has {found} of {wanted} trajectories" if found < wanted else None
+        )
+
+    def _rows(self, number: int, row_N: Tensor) -> Shard:
+        path = self._path(number)
+        try:
+            # Mapped into memory, and anew each time, so that no page stays, however many shards there are.
+            with safe_open(path, "pt") as file:
+                token_NL, label_N, key_N = (file.get_tensor(name)[row_N] for name in ("token_NL", "label_N", "key_N"))
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read ({error}); `verify {self.folder}` says what is wrong") from error
+        return Shard(token_NL.long(), label_N.long(), key_N)
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back (tuples become lists)."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -7,14 +7,15 @@ however a run was cut up.
 Axis letters: B batch, L tokens in a sequence, C code channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 
 import torch
 
 from distilled_decoding.condition import Labels
 from distilled_decoding.flow import FlowSettings
-from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.noise import SCHEME, gaussian_noise, image_keys, sample_checksum
 from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.teacher import Teacher, TeacherSampling, by_flow, rollout
 
@@ -52,7 +53,28 @@ class TrajectorySettings:
     def manifest(self, teacher: Teacher, fingerprint: str) -> dict[str, object]:
         """Everything that must agree between two runs that write into one folder."""
         shape = {"length": teacher.order.length, "num_classes": teacher.num_classes}
-        return {"teacher": fingerprint, **shape, **asdict(self)}
+        return {**origin(teacher, fingerprint, self.sampling, self.flow), **shape, **asdict(self)}
+
+
+def origin(
+    teacher: Teacher, fingerprint: str, sampling: TeacherSampling, flow: FlowSettings
+) -> dict[str, dict[str, object] | str]:
+    """What must agree between trajectories and the model that learns from them: teacher, distribution and noise.
+
+    Args:
+        teacher: the model; of its tokenizer, trajectories depend on the codebook.
+        fingerprint: a hash of its weights.
+        sampling: the teacher's distribution.
+        flow: the solver of the flow map.
+    """
+    codebook_VC = teacher.codebook.float().cpu().contiguous()
+    return {
+        "tokenizer": sha256(codebook_VC.numpy().tobytes()).hexdigest(),
+        "teacher": fingerprint,
+        "noise": {"scheme": SCHEME, "sample": sample_checksum()},
+        "sampling": asdict(sampling),
+        "flow": asdict(flow),
+    }
 
 
 @torch.no_grad()
@@ -68,42 +90,46 @@ def _tokens(teacher: Teacher, settings: TrajectorySettings, indices: range, devi
 
 
 def generate(
-    teacher: Teacher, store: TrajectoryStore, settings: TrajectorySettings, num: int, progress: Progress
-) -> None:
-    """Write the trajectories 0..num-1 that the store does not have yet.
+    teacher: Teacher,
+    store: TrajectoryStore,
+    settings: TrajectorySettings,
+    progress: Progress,
+    numbers: Iterable[int] | None = None,
+) -> int:
+    """Write the trajectories that the store does not have yet; what is damaged counts as missing.
 
     Args:
         teacher: the model.
         store: an opened store. What is finished of a shard is written even when `progress` raises.
         settings: what the store's manifest was made from.
-        num: how many trajectories the store shall hold at least.
         progress: called with the number of trajectories finished, those found on disk included.
+        numbers: the shards to see to; None means all. Processes that share a run take different ones.
+
+    Returns:
+        How many were made.
     """
-    for number, begin in enumerate(range(0, num, settings.shard_size)):
-        end = min(begin + settings.shard_size, num)
-        if store.num_in_shard(number) >= end - begin:
-            progress(end - begin)
-        else:
-            _fill(teacher, store, settings, number, range(begin, end), progress)
+    made = 0
+    for number in range(store.num_shards) if numbers is None else numbers:
+        found, wanted = store.num_begun(number), len(store.span(number))
+        # Micro-batches begin at multiples of their size, wherever a run was cut.
+        kept = found if found == wanted else found // settings.micro_batch * settings.micro_batch
+        if kept:
+            progress(kept)
+        if kept < wanted:
+            _fill(teacher, store, settings, number, kept, progress)
+        made += wanted - kept
+    return made
 
 
 def _fill(
-    teacher: Teacher,
-    store: TrajectoryStore,
-    settings: TrajectorySettings,
-    number: int,
-    indices: range,
-    progress: Progress,
+    teacher: Teacher, store: TrajectoryStore, settings: TrajectorySettings, number: int, kept: int, progress: Progress
 ) -> None:
-    """Complete one shard. Micro-batches begin at multiples of their size, wherever a run was cut."""
-    size, device = settings.micro_batch, teacher.codebook.device
-    whole = store.num_in_shard(number) // size * size
-    parts = [store.read(number)[:whole]] if whole else []
+    """Complete a shard of which some trajectories are there."""
+    size, device, span = settings.micro_batch, teacher.codebook.device, store.span(number)
+    parts = [store[torch.tensor(span[:kept])]] if kept else []
     try:
-        if whole:
-            progress(whole)
-        for first in range(indices.start + whole, indices.stop, size):
-            parts.append(_tokens(teacher, settings, range(first, first + size), device)[: indices.stop - first])
+        for first in span[kept::size]:
+            parts.append(_tokens(teacher, settings, range(first, first + size), device)[: span.stop - first])
             progress(len(parts[-1]))
     finally:
         if parts:
