@@ -152,7 +152,7 @@ def distill(
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
         upkeep: what is written while it trains.
-        run: how the work is laid out; `torchrun --nproc-per-node N -m distilled_decoding distill ...` shares it.
+        run: how the work is laid out; `torchrun --nproc-per-node N -m -- distilled_decoding distill ...` shares it.
         device: cpu, cuda, cuda:1 ... or mps.
         plan: only say what it would need; MODEL may then also be the name of a published model.
         json: print one JSON object.
