@@ -134,6 +134,7 @@ def test_memory_does_not_grow_with_the_number_of_trajectories(tmp_path: Path) ->
     assert many < 1.05 * few
 
 
+@pytest.mark.slow
 def test_torchrun_shares_a_distillation_and_ends_it_when_a_process_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
