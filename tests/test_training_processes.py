@@ -121,6 +121,7 @@ def test_killed_at_random_moments_a_run_goes_on_to_the_same_bits(tmp_path: Path)
     assert all(same for _, same in results)
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_the_last_checkpoint_stays(tmp_path: Path) -> None:
     for stopped, codes, kept, message, afterwards in found(runs("full_disk", tmp_path)).values():
         assert stopped[-1] == -9 and set(codes) == {2} and kept and set(afterwards) == {0}
