@@ -249,21 +249,16 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, mon
     assert all(p.isfinite().all() for p in student.parameters())
 
 
-def test_too_many_in_a_row_end_the_run_and_leave_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def distill_tiny(folder: Path, run: RunSettings) -> None:
     pipe = tiny.pipeline()
+    shard, checkpoints = tiny.shard(folder / "trajectories", pipe), Checkpoints(folder / "c")
+    distill(pipe.teacher, pipe.new_student(0), shard, SETTINGS, 16, checkpoints, lambda update: True, run=run)
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diverging(monkeypatch, 2, 4, 5, 6)
-    shard, checkpoints = tiny.shard(tmp_path / "trajectories", pipe), Checkpoints(tmp_path / "c")
     with pytest.raises(FloatingPointError, match="3 updates in a row were not finite .*failed-000006.*lower learning"):
-        distill(
-            pipe.teacher,
-            pipe.new_student(0),
-            shard,
-            SETTINGS,
-            16,
-            checkpoints,
-            lambda update: True,
-            run=RunSettings(patience=3),
-        )
+        distill_tiny(tmp_path, RunSettings(patience=3))
     tensors, _ = load_tensors(tmp_path / "c" / "failed-000006" / "state.safetensors")
     assert all(value.isfinite().all() for value in tensors.values())
 
@@ -291,16 +286,5 @@ def test_settings_of_a_run_are_checked() -> None:
 
 
 def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
-    pipe = tiny.pipeline()
-    shard, checkpoints = tiny.shard(tmp_path / "trajectories", pipe), Checkpoints(tmp_path / "c")
     with pytest.raises(ValueError, match="needs several processes: start it with torchrun"):
-        distill(
-            pipe.teacher,
-            pipe.new_student(0),
-            shard,
-            SETTINGS,
-            16,
-            checkpoints,
-            lambda update: True,
-            run=RunSettings(sharded=True),
-        )
+        distill_tiny(tmp_path, RunSettings(sharded=True))

@@ -122,7 +122,6 @@ def test_every_method_of_a_real_pipeline_is_measured(extractor, reference, tmp_p
     values = summary(runs, settings, pipeline, "tiny", extractor, reference)
     assert json.loads(json.dumps(values)) == values
     assert values["blocks"] == [1] * 16 and list(values["methods"]) == list(methods)
-    # The teacher in front of the split: its tokens follow the same noise behind the same prefix only.
     assert values["methods"]["teacher"]["agreement"]["tokens"]["mean"] == 1 > values["chance"]["tokens"]["mean"]
 
 

@@ -54,7 +54,7 @@ class Upkeep:
         save_every: updates between checkpoints.
         keep_last: checkpoints that are kept.
         resume: a checkpoint to go on from, instead of the newest in the folder.
-        watch_every: updates between pictures of samples, with a quick Frechet distance for a model of the shipped
+        watch_every: updates between pictures of samples, with a quick Fréchet distance for a model of the shipped
             models' images; 0: none.
         tensorboard: also write files for TensorBoard.
 

@@ -312,7 +312,8 @@ def _agreement(one: _Evaluated, out: Path) -> list[str]:
         table(rows),
         "Equal tokens of student and teacher (the flow map) on the same label and noise; chance is what two samples of "
         "the teacher with one label and different noise share. A step that starts at a block keeps the blocks before "
-        "it and predicts the others anew: a start block recovers most where the curve of 1 step falls off.",
+        "it and predicts the others anew, so it can gain only behind it: the curves of 1 and 2 steps tell how much it "
+        "does.",
     ]
 
 
