@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 
 from distilled_decoding import cli, describe
 from distilled_decoding.card import model_card
-from distilled_decoding.commands import distill_student
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.pipeline import Pipeline
+from distilled_decoding.training_command import distill_student
 from tests import tiny
 
 PIPE = tiny.pipeline()

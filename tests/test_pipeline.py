@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distilled_decoding import commands, describe
+from distilled_decoding import commands, describe, training_command
 from distilled_decoding.checkpoint import save_component
 from distilled_decoding.condition import Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent
@@ -311,7 +311,7 @@ def test_a_model_of_captions_says_so() -> None:
     with pytest.raises(ValueError, match="this model reads captions"):
         commands.plan_trajectories(text, None, tiny.trajectory_settings(), "cpu")
     with pytest.raises(ValueError, match="this model reads captions"):
-        commands.plan_distillation(text, None, text.config.training, None, "none", "cpu")
+        training_command.plan_distillation(text, None, text.config.training, None, "none", "cpu")
 
 
 def test_the_name_of_a_published_model_asks_for_its_files() -> None:

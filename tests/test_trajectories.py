@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from distilled_decoding import trajectories
-from distilled_decoding.commands import distill_student, make_trajectories
+from distilled_decoding.commands import make_trajectories
 from distilled_decoding.condition import Labels
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling, by_flow, rollout
+from distilled_decoding.training_command import distill_student
 from distilled_decoding.trajectories import TrajectorySettings, generate
 from tests import tiny
 

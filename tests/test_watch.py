@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from distilled_decoding import zoo
-from distilled_decoding.commands import Upkeep, distill_student
 from distilled_decoding.distill import DistillSettings
+from distilled_decoding.training_command import Upkeep, distill_student
 from distilled_decoding.training_log import TrainingLog
 from distilled_decoding.watch import Watch
 from tests import tiny

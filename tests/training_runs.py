@@ -22,13 +22,13 @@ import torch
 from distilled_decoding import checkpoint, training_state
 from distilled_decoding import distill as distill_module
 from distilled_decoding import pipeline as pipeline_module
-from distilled_decoding.commands import Upkeep, distill_student
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.processes import group, is_first, rank
 from distilled_decoding.store import Shard, TrajectoryStore
+from distilled_decoding.training_command import Upkeep, distill_student
 from distilled_decoding.training_log import TrainingLog
 from distilled_decoding.training_state import Checkpoints
 from tests import tiny

@@ -13,7 +13,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from tyro.conf import OmitArgPrefixes, Positional
 
-from distilled_decoding import commands, describe, processes
+from distilled_decoding import commands, describe, processes, training_command
 from distilled_decoding.bench import BenchSettings, bench_table
 from distilled_decoding.bench import bench as run_bench
 from distilled_decoding.demo import demo_table, run_demo
@@ -136,7 +136,7 @@ def distill(
     out: Path | None = None,
     split_block: int | None = None,
     perceptual: Perceptual = "none",
-    upkeep: Annotated[commands.Upkeep, OmitArgPrefixes] = commands.Upkeep(),  # noqa: B008 - frozen
+    upkeep: Annotated[training_command.Upkeep, OmitArgPrefixes] = training_command.Upkeep(),  # noqa: B008 - frozen
     run: Annotated[RunSettings, OmitArgPrefixes] = RunSettings(),  # noqa: B008 - frozen
     device: str = "cpu",
     plan: bool = False,
@@ -161,13 +161,13 @@ def distill(
         num = None if trajectories is None else len(TrajectoryStore.open(trajectories))
         pipeline, device = describe.skeleton(model), commands.check_device(device)
         training = override(pipeline.config.training, settings)
-        _print(commands.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
+        _print(training_command.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
         return
     store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
     out = _needed(out, "--out")
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
-    trained = commands.distill_student(
+    trained = training_command.distill_student(
         model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run
     )
     if processes.is_first():

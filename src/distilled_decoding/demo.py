@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distilled_decoding import commands, zoo
+from distilled_decoding import commands, training_command, zoo
 from distilled_decoding.checkpoint import save_json, save_text
 from distilled_decoding.condition import Labels
 from distilled_decoding.distill import DistillSettings
@@ -90,7 +90,7 @@ def _fresh_student(model: str, shipped: Pipeline, folder: Path, size: DemoSize) 
     commands.make_trajectories(model, shipped, trajectories, size.trajectories, settings, "1/3 trajectories")
     training = DistillSettings(num_updates=size.updates, warmup=size.updates // 10, ema_rate=0.98)
     store = TrajectoryStore.open(trajectories)
-    return commands.distill_student(model, shipped, store, folder / "student", training, title="2/3 distilling")
+    return training_command.distill_student(model, shipped, store, folder / "student", training, title="2/3 distilling")
 
 
 def _compare(shipped: Pipeline, fresh: Pipeline, num: int) -> list[dict[str, Any]]:

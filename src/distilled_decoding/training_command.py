@@ -1,0 +1,241 @@
+"""The `distill` command as functions: it claims its folder, trains, tells of it, and writes the whole pipeline."""
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilled_decoding import processes, trajectories, zoo
+from distilled_decoding.commands import trajectory_count
+from distilled_decoding.cost import distillation_cost, flops_per_second
+from distilled_decoding.distill import DistillSettings, Update, distill
+from distilled_decoding.flow import FlowSettings
+from distilled_decoding.losses import ImageDistance
+from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
+from distilled_decoding.parallel import RunSettings
+from distilled_decoding.pipeline import Pipeline
+from distilled_decoding.progress import Bar, progress_bar, stop_signal
+from distilled_decoding.records import claim
+from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.training_log import TrainingLog
+from distilled_decoding.training_state import Checkpoints
+from distilled_decoding.watch import Watch
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """What is written while a student trains.
+
+    Attributes:
+        save_every: updates between checkpoints.
+        keep_last: checkpoints that are kept.
+        resume: a checkpoint to go on from, instead of the newest in the folder.
+        watch_every: updates between pictures of samples, with a quick Fréchet distance for a model of the shipped
+            models' images; 0: none.
+        tensorboard: also write files for TensorBoard.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    save_every: int = 500
+    keep_last: int = 3
+    resume: Path | None = None
+    watch_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.watch_every < 0:
+            raise ValueError(f"watch_every must not be negative, got {self.watch_every}")
+
+
+def distill_student(
+    model: str,
+    pipeline: Pipeline,
+    store: TrajectoryStore,
+    out: Path,
+    settings: DistillSettings,
+    split_block: int | None = None,
+    perceptual: str = "none",
+    title: str = "distilling",
+    upkeep: Upkeep = Upkeep(),  # noqa: B008 - frozen
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
+) -> Pipeline:
+    """Train a student on a model's trajectories and write the whole pipeline to `out`.
+
+    The state of the training lies in `out/checkpoints`, its log in `out/log.jsonl`. Under torchrun every process calls
+    this alike.
+
+    Args:
+        model: name for the record.
+        pipeline: the teacher; a student it may have is not used.
+        store: trajectories of this very teacher.
+        out: folder of the new pipeline.
+        settings: of the training; no starting blocks means those of the model.
+        split_block: of the new pipeline; None means the model's.
+        perceptual: name of the distance of decoded images, for a perceptual weight; see `image_distance`.
+        title: what the progress bar says.
+        upkeep: what is written while it trains.
+        run: how the work is laid out.
+
+    Raises:
+        ValueError: trajectories of another teacher, settings that do not fit, a folder that holds another run or that
+            another process writes, no valid checkpoint.
+        FloatingPointError: the training diverged.
+        Stopped: the user asked to stop; the same call goes on.
+    """
+    config = pipeline.config
+    origin = trajectories.origin(pipeline.teacher, pipeline.fingerprint, config.sampling, config.flow)
+    store.refuse_other(origin, f"make trajectories of {model} in another folder")
+    settings, split_block = _resolved(pipeline, settings, split_block, perceptual)
+    distance = image_distance(perceptual, str(pipeline.device))
+    determined = {
+        "teacher": pipeline.fingerprint,
+        "trajectories": store.identity,
+        "settings": asdict(settings),
+        "split_block": split_block,
+        "perceptual": perceptual,
+    }
+    notes = {"model": model, "trajectories": str(store.folder), "num_trajectories": len(store)}
+    checkpoints = Checkpoints(out / "checkpoints", determined, upkeep.save_every, upkeep.keep_last)
+    new = pipeline.new_student(settings.seed % 2**63)  # as far as torch's generators go
+    with ExitStack() as stack:
+        stack.enter_context(processes.group(str(pipeline.device)))
+        processes.first_acts(store.check)
+        processes.first_acts(lambda: claim(out, "distill", determined, {**notes, "device": str(pipeline.device)}))
+        processes.first_acts(lambda: stack.enter_context(processes.only_writer(checkpoints.folder)))
+        stop = stack.enter_context(stop_signal())
+        bar = stack.enter_context(progress_bar(title, settings.num_updates))
+        report = _Report(pipeline, out, settings, split_block, upkeep, bar, title)
+
+        def on_update(update: Update) -> bool:
+            report.write(update)
+            return not stop.requested
+
+        student = distill(
+            pipeline.teacher, new, store, settings, split_block, checkpoints, on_update, distance, run, upkeep.resume
+        )
+        if student is None:
+            raise stop.stopped()
+        trained = _with_student(pipeline, store, student, settings, split_block)
+        processes.first_acts(lambda: trained.save_pretrained(out))
+    return trained
+
+
+def _resolved(
+    pipeline: Pipeline, settings: DistillSettings, split_block: int | None, perceptual: str
+) -> tuple[DistillSettings, int]:
+    """The settings and the split of a training, where not given those of the model, checked against its blocks."""
+    settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
+    split_block = pipeline.config.split_block if split_block is None else split_block
+    settings.check(pipeline.teacher.order, split_block)
+    weight = settings.loss.perceptual_weight
+    if (perceptual == "none") != (weight == 0):
+        raise ValueError(
+            f"--perceptual {perceptual} does not fit a perceptual weight of {weight}; give both or neither"
+        )
+    return settings, split_block
+
+
+class _Report:
+    """What the user sees of a training: the bar, the log and the pictures, all made by the first process."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        out: Path,
+        settings: DistillSettings,
+        split_block: int,
+        upkeep: Upkeep,
+        bar: Bar,
+        title: str,
+    ) -> None:
+        self._log = TrainingLog(out, upkeep.tensorboard) if processes.is_first() else None
+        self._watch: Watch | None = None
+        if upkeep.watch_every:
+            start = pipeline.with_settings(start_blocks=settings.start_blocks, split_block=split_block)
+            self._watch = Watch(start, out / "watch")
+        self._watch_every = upkeep.watch_every
+        self._bar = bar
+        self._title = title
+
+    def write(self, update: Update) -> None:
+        """Tell of every twentieth update and of each that was skipped; look at the student when it is time."""
+        if update.number % 20 == 0 or not update.finite:
+            self._say(update)
+        if self._watch is not None and update.number % self._watch_every == 0:
+            seen = self._watch.look(update.average, update.number)
+            if self._log is not None and seen:
+                self._log.write(update.number, seen)
+        self._bar.at(update.number)
+
+    def _say(self, update: Update) -> None:
+        losses = {name: round(float(value), 5) for name, value in vars(update.losses).items()}
+        beside = {"gradient_norm": round(update.gradient_norm, 5), "skipped": update.skipped}
+        if self._log is not None:
+            self._log.write(update.number, {"learning_rate": update.learning_rate, **losses, **beside})
+        skipped = f", {update.skipped} skipped" if update.skipped else ""
+        self._bar.say(f"{self._title}, loss {losses['total']:.3f}, argmax right {losses['accuracy']:.1%}{skipped}")
+
+
+def _with_student(
+    pipeline: Pipeline, store: TrajectoryStore, student: Any, settings: DistillSettings, split_block: int
+) -> Pipeline:
+    """The new pipeline: its teacher samples from what the student has seen."""
+    config = replace(
+        pipeline.config,
+        sampling=TeacherSampling(**store.manifest["sampling"]),
+        flow=FlowSettings(**store.manifest["flow"]),
+        num_trajectories=len(store),
+        training=settings,
+    )
+    return Pipeline(pipeline.teacher, None, config).with_student(student, settings.start_blocks, split_block)
+
+
+def plan_distillation(
+    pipeline: Pipeline,
+    num: int | None,
+    settings: DistillSettings,
+    split_block: int | None,
+    perceptual: str,
+    device: str,
+    run: RunSettings = RunSettings(),  # noqa: B008 - frozen
+) -> dict[str, Any]:
+    """What `distill_student` would need: time, memory, disk; nothing is written.
+
+    Args:
+        pipeline: the model, with or without weights.
+        num: trajectories; None means as many as the model's settings say.
+        settings: as `distill_student` takes them, like the next two.
+        split_block: of the new pipeline.
+        perceptual: name of the distance of decoded images.
+        device: where it will run.
+        run: how the work is laid out; the plan is for one process.
+
+    Raises:
+        ValueError: settings that do not fit the model, or a model that reads captions.
+    """
+    pipeline.check_labels()
+    num = trajectory_count(pipeline, num)
+    settings, _ = _resolved(pipeline, settings, split_block, perceptual)
+    student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
+    speed = flops_per_second(torch.device(device), settings.bf16)
+    cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run)
+    what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}
+    return {**what, "device": device, **cost.readable()}
+
+
+def image_distance(name: str, device: str) -> ImageDistance | None:
+    """A perceptual distance by name: `none`, `classifier` (the shipped one's features), `effnet-lite0` or `lpips`.
+
+    Raises:
+        ValueError: the packages that it needs are not there.
+    """
+    if name == "none":
+        return None
+    if name == "classifier":
+        return classifier_distance(zoo.classifier().to(device))
+    return effnet_lite0_distance(device) if name == "effnet-lite0" else lpips_distance(device)
