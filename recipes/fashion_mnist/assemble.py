@@ -1,4 +1,4 @@
-"""Put trained components together: python recipes/fashion_mnist/assemble.py --out DIR --classifier DIR ...
+"""Put trained components together: python -m recipes.fashion_mnist.assemble --out DIR --classifier DIR ...
 
 Writes `fashion-features` (classifier, and features and statistics of the 10,000 test images) and `fashion-FAMILY`
 as the package ships them: the teacher from its tokenizer and transformer, or, with --student, the whole pipeline
@@ -12,8 +12,6 @@ from typing import Literal
 
 import torch
 import tyro
-from data import load
-from train_teacher import CLASSES
 
 from distilled_decoding.families import family
 from distilled_decoding.flow import FlowSettings
@@ -21,6 +19,8 @@ from distilled_decoding.metrics.features import classifier_extractor, load_class
 from distilled_decoding.metrics.reference import make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.teacher import Ramp, TeacherSampling
+from recipes.fashion_mnist.data import load
+from recipes.fashion_mnist.train_teacher import CLASSES
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Fashion-MNIST from the Debian package `dataset-fashion-mnist` (apt-get install dataset-fashion-mnist).
 
-As .npz, for `--reference`: python recipes/fashion_mnist/data.py --split train --out train.npz.
+As .npz, for `--reference`: python -m recipes.fashion_mnist.data --split train --out train.npz.
 
 Axis letters: B batch, H W image.
 """

@@ -1,4 +1,4 @@
-"""How good tokenizer and teacher are: python recipes/fashion_mnist/measure.py --family var --tokenizer DIR --model DIR.
+"""How good tokenizer and teacher are: python -m recipes.fashion_mnist.measure --family var --tokenizer DIR --model DIR.
 
 Prints Fréchet distances in the shipped classifier's features. Choices (guidance, top-k) are made against training
 images (`--reference train`); the test images are for the final numbers only.
@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 import tyro
-from data import load, normalise
 from torch import Tensor, nn
 
 from distilled_decoding import zoo
@@ -25,6 +24,7 @@ from distilled_decoding.metrics.reference import make_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.sampling import Plan
+from recipes.fashion_mnist.data import load, normalise
 
 
 @dataclass(frozen=True)

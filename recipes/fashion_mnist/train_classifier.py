@@ -1,4 +1,4 @@
-"""Train the classifier whose features measure the models: python recipes/fashion_mnist/train_classifier.py --out DIR.
+"""Train the classifier whose features measure the models: python -m recipes.fashion_mnist.train_classifier --out DIR.
 
 The same script with another seed makes the network of the tokenizer's perceptual loss, so that no model is trained
 on the features it is measured with.
@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from data import batch, flip, load, normalise
-from training import cosine, run, start
 
 from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig
+from recipes.fashion_mnist.data import batch, flip, load, normalise
+from recipes.training import cosine, run, start
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Train a teacher: python recipes/fashion_mnist/train_teacher.py --family var --out DIR --tokenizer DIR/tokenizer.
+"""Train a teacher: python -m recipes.fashion_mnist.train_teacher --family var --out DIR --tokenizer DIR/tokenizer.
 
 Every image is encoded once, with its mirror image; labels are dropped for guidance.
 
@@ -12,10 +12,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from data import batch, load, normalise
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training import cosine, run, start
 
 from distilled_decoding.checkpoint import load_tensors, save_component, save_json, save_tensors
 from distilled_decoding.codebook import lookup
@@ -25,6 +23,8 @@ from distilled_decoding.families.llamagen import transformer as llamagen
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
 from distilled_decoding.families.var import transformer as var
 from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer
+from recipes.fashion_mnist.data import batch, load, normalise
+from recipes.training import cosine, run, start
 
 Tokenizer = VQTokenizer | MultiScaleTokenizer
 

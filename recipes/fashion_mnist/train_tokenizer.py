@@ -1,4 +1,4 @@
-"""Train a tokenizer: python recipes/fashion_mnist/train_tokenizer.py --out DIR --family var --perceptual DIR.
+"""Train a tokenizer: python -m recipes.fashion_mnist.train_tokenizer --out DIR --family var --perceptual DIR.
 
 VQGAN's losses: L1 + L2, a perceptual distance on a classifier that measures nothing later, codebook and commitment,
 and a patch discriminator from half-way on, its weight set by the ratio of gradients at the last layer.
@@ -13,9 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from data import batch, flip, load, normalise
 from torch import Tensor, nn
-from training import cosine, run, start
 
 from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.codebook import nearest
@@ -25,6 +23,8 @@ from distilled_decoding.families.var.tokenizer import MultiScaleTokenizer
 from distilled_decoding.families.var.tokenizer import TokenizerConfig as ScalesConfig
 from distilled_decoding.metrics.features import load_classifier
 from distilled_decoding.metrics.perceptual import classifier_distance
+from recipes.fashion_mnist.data import batch, flip, load, normalise
+from recipes.training import cosine, run, start
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Settings:
     seed: int = 0
 
 
-def discriminator() -> nn.Sequential:
+def discriminator(image_channels: int) -> nn.Sequential:
     """PatchGAN: one real-or-fake logit for every patch of 22 px."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 4, 2, 1),
+        nn.Conv2d(image_channels, 32, 4, 2, 1),
         nn.LeakyReLU(0.2),
         nn.Conv2d(32, 64, 4, 2, 1),
         nn.GroupNorm(8, 64),
@@ -139,7 +139,7 @@ def main(settings: Settings) -> None:
     start("train_tokenizer", settings)
     torch.set_num_threads(2)
     torch.manual_seed(settings.seed)
-    tokenizer, critic = new_tokenizer(settings.family), discriminator()
+    tokenizer, critic = new_tokenizer(settings.family), discriminator(1)
     perceptual = classifier_distance(load_classifier(settings.perceptual))
     optimizers = {
         "tokenizer_optimizer": torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4),

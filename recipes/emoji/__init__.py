@@ -1,0 +1,1 @@
+"""The recipe of `emoji-t2i`."""

@@ -1,0 +1,91 @@
+"""Train the tokenizer: python -m recipes.emoji.train_tokenizer --data DIR --out DIR.
+
+The losses of `fashion_mnist` without a perceptual distance: emoji are flat colours with sharp edges, which L1 and a
+patch discriminator keep.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+from distilled_decoding.checkpoint import save_component, save_json
+from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
+from recipes.emoji.data import STYLES, load, moved, normalise
+from recipes.fashion_mnist.data import batch
+from recipes.fashion_mnist.train_tokenizer import discriminator, quantise_grid, revive
+from recipes.training import cosine, run, start
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train the emoji tokenizer."""
+
+    data: Path
+    out: Path
+    num_steps: int = 4000
+    batch_size: int = 32
+    learning_rate: float = 6e-4
+    adversarial_weight: float = 0.1
+    codebook_size: int = 1024
+    seed: int = 0
+
+
+def main(settings: Settings) -> None:
+    """Train and write the component."""
+    start("train_tokenizer", settings)
+    torch.set_num_threads(2)
+    torch.manual_seed(settings.seed)
+    ch_mult = (1, 2, 2)
+    sizes = {"num_res_blocks": 1, "z_channels": 64, "codebook_size": settings.codebook_size, "code_dim": 8}
+    tokenizer, critic = VQTokenizer(TokenizerConfig(3, 32, ch_mult, ch_mult, **sizes)), discriminator(3)
+    optimizers = {
+        "tokenizer_optimizer": torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4),
+        "critic_optimizer": torch.optim.AdamW(critic.parameters(), betas=(0.5, 0.9), weight_decay=1e-4),
+    }
+    pictures, image_N3HW = load(settings.data)
+    image_N3HW = image_N3HW[[p.set in STYLES and p.split == "train" for p in pictures]]
+
+    def update(step: int) -> dict[str, float]:
+        learning_rate = cosine(step, settings.num_steps, settings.learning_rate, 200)
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = learning_rate
+        index = batch(step, settings.batch_size, len(image_N3HW), settings.seed)
+        x = moved(normalise(image_N3HW[index]), index % 2, settings.seed * 1_000_003 + step)
+        z = tokenizer.features(x)
+        found = quantise_grid(tokenizer, z)
+        y = tokenizer.decode_features(found.z_BChw)
+        pixels = F.l1_loss(y, x) + F.mse_loss(y, x)
+        losses = {"pixels": pixels.item(), "codebook": found.loss.item()}
+        loss = pixels
+        adversarial = step >= settings.num_steps // 2
+        if adversarial:
+            fooled = -critic(y).mean()
+            last = tokenizer.decoder.conv_out.weight
+            ratio = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, fooled)]
+            loss = loss + settings.adversarial_weight * (ratio[0] / (ratio[1] + 1e-6)).clamp(max=1e3) * fooled
+        optimizers["tokenizer_optimizer"].zero_grad()
+        (loss + found.loss).backward()
+        nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+        optimizers["tokenizer_optimizer"].step()
+        if adversarial:
+            hinge = F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()
+            optimizers["critic_optimizer"].zero_grad()
+            hinge.backward()
+            optimizers["critic_optimizer"].step()
+            losses["critic"] = hinge.item()
+        if step % 25 == 0 and step < settings.num_steps // 2:
+            revive(tokenizer, found, step)
+        return losses | {"codes_in_batch": len(found.token_N.unique())}
+
+    modules = {"tokenizer": tokenizer, "critic": critic}
+    seconds = run("tokenizer", settings.out, settings.num_steps, modules, optimizers, update)
+    save_component(settings.out / "tokenizer", tokenizer.eval(), tokenizer.config, torch.float16)
+    save_json(settings.out / "measured.json", {"seconds": seconds})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,1 @@
+"""The recipes of `fashion-llamagen` and `fashion-var`."""
