@@ -26,7 +26,7 @@ class Settings:
 
     data: Path
     out: Path
-    num_steps: int = 4000
+    num_steps: int = 3000
     batch_size: int = 32
     learning_rate: float = 6e-4
     adversarial_weight: float = 0.1
@@ -39,9 +39,10 @@ def main(settings: Settings) -> None:
     start("train_tokenizer", settings)
     torch.set_num_threads(2)
     torch.manual_seed(settings.seed)
-    ch_mult = (1, 2, 2)
+    ch_mult = (1, 1, 2)
     sizes = {"num_res_blocks": 1, "z_channels": 64, "codebook_size": settings.codebook_size, "code_dim": 8}
     tokenizer, critic = VQTokenizer(TokenizerConfig(3, 32, ch_mult, ch_mult, **sizes)), discriminator(3)
+    tokenizer.to(memory_format=torch.channels_last)
     optimizers = {
         "tokenizer_optimizer": torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4),
         "critic_optimizer": torch.optim.AdamW(critic.parameters(), betas=(0.5, 0.9), weight_decay=1e-4),
@@ -55,6 +56,7 @@ def main(settings: Settings) -> None:
             optimizer.param_groups[0]["lr"] = learning_rate
         index = batch(step, settings.batch_size, len(image_N3HW), settings.seed)
         x = moved(normalise(image_N3HW[index]), index % 2, settings.seed * 1_000_003 + step)
+        x = x.contiguous(memory_format=torch.channels_last)
         z = tokenizer.features(x)
         found = quantise_grid(tokenizer, z)
         y = tokenizer.decode_features(found.z_BChw)
