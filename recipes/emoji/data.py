@@ -1,8 +1,9 @@
 """Pictures of emoji by name, from npm packages: python -m recipes.emoji.data --out DIR (needs npm; resvg_py from PyPI).
 
 Every picture lies on white, 32 px. Names are those of Unicode's CLDR ("grinning face with big eyes"), skin tones are
-left out. The generator learns two sets, Noto ("red apple") and Fluent 3D ("3d red apple"); the network that judges
-alignment learns these and two more, and is judged itself on Twemoji, which it never sees.
+left out, and so are the few names that do not fit the generator's captions. The generator learns two sets, Noto
+("red apple") and Fluent 3D ("red apple, 3d"); the network that judges alignment learns these and two more, and is
+judged itself on Twemoji, which it never sees.
 
 Axis letters: N pictures, H W image, R random numbers or places.
 """
@@ -37,8 +38,10 @@ PACKAGES = {
     "openmoji": "openmoji@17.0.0",
     "twemoji": "emoji-datasource-twitter@16.0.0",
 }
-STYLES = {"noto": "", "fluent-3d": "3d "}
-"""The sets that the generator learns, and what its captions say before the name."""
+STYLES = {"noto": "", "fluent-3d": ", 3d"}
+"""The sets that the generator learns, and what its captions say behind the name."""
+MAX_TOKENS = 32
+"""Positions of a caption: bytes, and one for its end."""
 
 Split = Literal["train", "pair", "name"]
 """Seen in training; held out in this style but seen in the other; held out in both."""
@@ -55,7 +58,7 @@ class Picture:
     @property
     def prompt(self) -> str:
         """The caption; only the generator's sets have one."""
-        return STYLES[self.set] + self.name
+        return self.name + STYLES[self.set]
 
 
 def split_of(name: str, set_name: str) -> Split:
@@ -136,11 +139,13 @@ def main(out: Path) -> None:
             files = _package(PACKAGES[set_name], out / f"packages/{set_name}")
             for character, about in emoji.items():
                 bar.advance(1)
+                name = about["name"].lower()
+                if len((name + max(STYLES.values())).encode()) >= MAX_TOKENS:
+                    continue
                 points = [f"{ord(point):04x}" for point in character]
                 stems = ("-".join(points), "-".join(point for point in points if point != "fe0f"))
-                names = [f"{stem}{kind}" for stem in stems for kind in (".png", ".webp", ".svg")]
-                if (found := next((name for name in names if name in files), None)) is not None:
-                    name = about["name"].lower()
+                files_of = [f"{stem}{kind}" for stem in stems for kind in (".png", ".webp", ".svg")]
+                if (found := next((file for file in files_of if file in files), None)) is not None:
                     pictures.append(Picture(set_name, name, split_of(name, set_name)))
                     pixels.append(_pixels(found, files[found]))
     image_N3HW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()

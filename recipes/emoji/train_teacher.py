@@ -1,0 +1,132 @@
+"""Train teacher and text encoder together: python -m recipes.emoji.train_teacher --data DIR --out DIR --tokenizer DIR.
+
+The text encoder is a small T5 that reads bytes. Every picture is encoded once in each of a few variants, see
+`data.moved`; captions are dropped for guidance.
+
+Axis letters: B batch, L tokens in a sequence, N sequences.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from distilled_decoding.text import TextEncoder
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from distilled_decoding.checkpoint import load_tensors, save_component, save_json, save_tensors
+from distilled_decoding.condition import Captions
+from distilled_decoding.families import family
+from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
+from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
+from recipes.emoji.data import MAX_TOKENS, SIDE, STYLES, load, moved, normalise
+from recipes.fashion_mnist.data import batch
+from recipes.training import cosine, run, start
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train the emoji teacher."""
+
+    data: Path
+    out: Path
+    tokenizer: Path
+    num_steps: int = 4000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    caption_dropout: float = 0.1
+    variants: int = 4
+    dim: int = 160
+    num_layers: int = 6
+    num_heads: int = 5
+    text_dim: int = 128
+    text_layers: int = 2
+    seed: int = 0
+
+
+def new_text_encoder(settings: Settings) -> TextEncoder:
+    """An untrained T5 encoder of bytes."""
+    width = settings.text_dim
+    words = ByT5Tokenizer(extra_ids=0)
+    config = T5Config(
+        vocab_size=len(words),
+        d_model=width,
+        d_kv=32,
+        d_ff=2 * width,
+        num_layers=settings.text_layers,
+        num_heads=width // 32,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    return TextEncoder(T5EncoderModel(config), words, MAX_TOKENS)
+
+
+@torch.no_grad()
+def training_tokens(settings: Settings, tokenizer: VQTokenizer, image_N3HW: Tensor) -> Tensor:
+    """Tokens int64 [variants * N, L], one variant of all pictures after the other; cached in `out`."""
+    path = settings.out / "tokens.safetensors"
+    if not path.is_file():
+        parts = []
+        for variant in range(settings.variants):
+            moved_N3HW = moved(normalise(image_N3HW), torch.full((len(image_N3HW),), variant), variant)
+            parts += [tokenizer.encode(part) for part in moved_N3HW.split(250)]
+        save_tensors(path, {"token_NL": torch.cat(parts).to(torch.uint16)})
+    return load_tensors(path)[0]["token_NL"].long()
+
+
+def main(settings: Settings) -> None:
+    """Train and write the components."""
+    start("train_teacher", settings)
+    torch.set_num_threads(2)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(settings.seed)
+    tokenizer = family("llamagen").load("tokenizer", settings.tokenizer).eval()
+    pictures, image_N3HW = load(settings.data)
+    chosen = [i for i, p in enumerate(pictures) if p.set in STYLES and p.split == "train"]
+    token_NL = training_tokens(settings, tokenizer, image_N3HW[chosen])
+    text = new_text_encoder(settings)
+    caption_N = text.tokens([pictures[i].prompt for i in chosen])
+    sizes = {"dim": settings.dim, "num_layers": settings.num_layers, "num_heads": settings.num_heads}
+    sizes |= {"vocab_size": tokenizer.config.codebook_size, "num_tokens": (SIDE // tokenizer.config.downsampling) ** 2}
+    sizes |= {"num_classes": 0, "caption_tokens": MAX_TOKENS, "caption_dim": settings.text_dim}
+    model = Transformer(TransformerConfig(**sizes))
+    # Twice as fast on a CPU; the parameters stay those of `model`.
+    compiled = torch.compile(model)
+    modules = {"model": model, "text": text.encoder}
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+    def update(step: int) -> dict[str, float]:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, settings.num_steps, settings.learning_rate, 200)
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        index = batch(step, settings.batch_size, len(token_NL), settings.seed)
+        token_BL = token_NL[index]
+        null_B = torch.rand(len(index)) < settings.caption_dropout
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            captions = text.features([caption_N[i] for i in (index % len(chosen)).tolist()])
+            logits_BLV = compiled(token_BL, Captions(captions.feature_BTF, captions.mask_BT, null_B))
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), token_BL.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    model.train()
+    text.encoder.train()
+    seconds = run("teacher", settings.out, settings.num_steps, modules, {"optimizer": optimizer}, update)
+    save_component(settings.out / "transformer", model.eval(), model.config, torch.float16)
+    TextEncoder(text.encoder.half(), text.tokenizer, MAX_TOKENS).save_pretrained(settings.out)
+    save_json(settings.out / "measured.json", {"seconds": seconds})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
