@@ -95,7 +95,8 @@ def main(settings: Settings) -> None:
     model = Transformer(TransformerConfig(**sizes))
     # Twice as fast on a CPU; the parameters stay those of `model`.
     compiled = torch.compile(model)
-    modules = {"model": model, "text": text.encoder}
+    # T5 shares its embedding between two names; the encoder within has it once.
+    modules = {"model": model, "text": text.encoder.encoder}
     parameters = [p for module in modules.values() for p in module.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
