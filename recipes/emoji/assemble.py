@@ -62,6 +62,7 @@ def main(settings: Settings) -> None:
             micro_batch=settings.micro_batch,
         )
         text = TextEncoder.from_pretrained(settings.teacher, MAX_TOKENS)
+        text.encoder.half()
         teacher = family("llamagen").load_teacher(folder)
         Pipeline(teacher, None, config, text, prompts).save_pretrained(folder, torch.float16)
 
