@@ -82,8 +82,6 @@ def prompt_table(encoder: TextEncoder, prompts: Sequence[str]) -> CaptionTable:
     Raises:
         ValueError: there are none.
     """
-    if not prompts:
-        raise ValueError("no prompts; give one for each image")
     captions = Captions.cat([batch.to("cpu") for batch in _encoded(encoder, encoder.tokens(prompts))])
     return CaptionTable(captions, [clean(prompt) for prompt in prompts], prompt_identity(encoder, prompts))
 
@@ -191,14 +189,11 @@ def encode_prompts(
     Raises:
         ValueError: no prompts, or the folder holds something else or is being written.
     """
-    if not prompts:
-        raise ValueError("no prompts to encode; give one at least")
-    identity = prompt_identity(encoder, prompts)
+    tokens, identity = encoder.tokens(prompts), prompt_identity(encoder, prompts)
     with only_writer(folder):
         claim(folder, "encode-prompts", identity)
         done = EncodedPrompts.open(folder).manifest["sha256"] if (folder / _MANIFEST).is_file() else {}
         save_text(folder / _PROMPTS, _lines(clean(prompt) for prompt in prompts))
-        tokens = encoder.tokens(prompts)
         hashes = {}
         for number, first in enumerate(range(0, len(tokens), _IN_FILE)):
             path, part = _features(folder, number), tokens[first : first + _IN_FILE]
