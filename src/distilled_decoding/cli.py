@@ -25,6 +25,7 @@ from distilled_decoding.originals import Weights
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import DTYPES, Pipeline, Steps
 from distilled_decoding.progress import Stopped
+from distilled_decoding.prompts import read_prompts
 from distilled_decoding.report import markdown_table
 from distilled_decoding.report import report as run_report
 from distilled_decoding.store import TrajectoryStore
@@ -198,6 +199,7 @@ def convert(
     patch_nums: tuple[int, ...] | None = None,
     start_blocks: tuple[int, ...] | None = None,
     split_block: int | None = None,
+    text_encoder: str | None = None,
     json: bool = False,
 ) -> None:
     """Turn published files into a pipeline folder; what they are is told from names and shapes.
@@ -215,13 +217,43 @@ def convert(
         start_blocks: where the student can start; by default the preset's.
         split_block: blocks before it are sampled from the logits, the others from the code head; by default
             the preset's.
+        text_encoder: folder or hub id of the T5 encoder that a model of text reads with; by default the preset's.
         json: print one JSON object.
     """
     sizes = {"num_heads": num_heads, "num_tokens": num_tokens, "patch_nums": patch_nums}
     pipeline = Pipeline.from_original(paths, preset, weights, allow_namespace, **_given(sizes))
     changes = _given({"start_blocks": start_blocks, "split_block": split_block})
     pipeline = pipeline.with_settings(sampling=override(pipeline.config.sampling, sampling), **changes)
+    if text_encoder is not None:
+        pipeline = commands.with_text_encoder(pipeline, text_encoder)
     _print(commands.save_converted(pipeline, out), json)
+
+
+def encode_prompts(
+    file: Positional[Path],
+    out: Path,
+    model: str | None = None,
+    encoder: str | None = None,
+    max_tokens: int | None = None,
+    column: str | None = None,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Encode the prompts of a file once, so that no later command needs the text encoder.
+
+    Args:
+        file: .txt with one prompt a line (an empty line is an empty prompt), .csv or .parquet.
+        out: the folder.
+        model: shipped name, folder or hub id of the model that shall read them.
+        encoder: instead of --model, a folder or hub id of a T5 encoder, such as google/flan-t5-xl.
+        max_tokens: with --encoder, tokens of a caption; longer prompts are cut.
+        column: of the prompts in a .csv or .parquet file.
+        device: cpu, cuda, cuda:1 ... or mps.
+        json: print one JSON object.
+    """
+    prompts = read_prompts(file, column)
+    text_encoder = commands.text_encoder(model, encoder, max_tokens, commands.check_device(device))
+    _print(commands.save_prompts(text_encoder, prompts, out), json)
 
 
 def verify(
@@ -231,7 +263,7 @@ def verify(
     device: str = "cpu",
     json: bool = False,
 ) -> None:
-    """Check the hashes of a folder of trajectories or of a model; exit code 1 when something is wrong.
+    """Check the hashes of a folder of trajectories, prompts or a model; exit code 1 when something is wrong.
 
     Args:
         path: the folder.
@@ -364,9 +396,8 @@ def demo(
     _print(summary, json, demo_table(summary))
 
 
-COMMANDS = {
-    f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, bench, report, convert, verify)
-}
+_COMMANDS = (demo, info, sample, trajectories, distill, evaluate, bench, report, convert, encode_prompts, verify)
+COMMANDS = {command.__name__.replace("_", "-"): command for command in _COMMANDS}
 
 
 def main() -> None:

@@ -30,11 +30,12 @@ from distilled_decoding.metrics.reference import read_reference
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, problems
 from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
-from distilled_decoding.prompts import encode_prompts, prompt_identity
+from distilled_decoding.prompts import EncodedPrompts, encode_prompts, prompt_identity
 from distilled_decoding.records import claim, identity, record
 from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix
+from distilled_decoding.text import TextEncoder
 
 _PICTURED = 20
 _PROMPTS = "prompts"
@@ -248,6 +249,66 @@ def _fill_store(
     return made
 
 
+def text_encoder(model: str | None, encoder: str | None, max_tokens: int | None, device: str) -> TextEncoder:
+    """The text encoder of a model, or one by its own name.
+
+    Args:
+        model: shipped name, folder or hub id of a model of text.
+        encoder: instead of it, a folder or hub id of a T5 encoder.
+        max_tokens: positions of a caption, for `encoder`.
+        device: where it goes.
+
+    Raises:
+        ValueError: not one of the two ways, a model of classes, or no such model or encoder.
+    """
+    if encoder is not None and max_tokens is not None and model is None:
+        return TextEncoder.from_pretrained(encoder, max_tokens, device)
+    if model is None or encoder is not None or max_tokens is not None:
+        raise ValueError("give --model MODEL, or --encoder NAME with --max-tokens N")
+    found = Pipeline.from_pretrained(model, device).text_encoder
+    if found is None:
+        raise ValueError(f"{model} reads classes and has no text encoder; give a model of text, or --encoder NAME")
+    return found
+
+
+def save_prompts(encoder: TextEncoder, prompts: Sequence[str], out: Path) -> dict[str, Any]:
+    """Encode prompts into a folder.
+
+    Returns:
+        How many there are, how many of them are empty, their size, and the seconds it took.
+
+    Raises:
+        ValueError: a folder that holds something else or that another process writes.
+        Stopped: the user asked to stop.
+    """
+    begin = time.perf_counter()
+    with stop_signal() as stop, progress_bar("encoding", len(prompts)) as bar:
+
+        def progress(items: int) -> None:
+            bar.advance(items)
+            stop.check()
+
+        texts = encode_prompts(encoder, prompts, out, progress).prompts
+    size = {"max_tokens": encoder.max_tokens, "width": encoder.width}
+    seconds = round(time.perf_counter() - begin, 3)
+    return {"prompts": len(texts), "empty": texts.count(""), **size, "seconds": seconds}
+
+
+def with_text_encoder(pipeline: Pipeline, name: str) -> Pipeline:
+    """A model of text that names another text encoder, which stays where it is.
+
+    Args:
+        pipeline: the model.
+        name: folder or hub id.
+
+    Raises:
+        ValueError: a model of classes.
+    """
+    if pipeline.num_classes:
+        raise ValueError("these files are of a model of classes, which has no text encoder; leave --text-encoder out")
+    return pipeline.with_settings(text_encoder=str(Path(name).resolve()) if Path(name).is_dir() else name)
+
+
 def save_converted(pipeline: Pipeline, out: Path) -> dict[str, Any]:
     """Write a pipeline of published files as a folder and return what `info` says of it.
 
@@ -351,19 +412,21 @@ def evaluate_model(
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check every hash of a folder of trajectories or of a pipeline.
+    """Check every hash of a folder of trajectories, of encoded prompts or of a pipeline.
 
     Returns:
         Which kind of folder it is, and its problems, a sentence each.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
-    if (path / "manifest.json").is_file():
-        return {"kind": "trajectories", "problems": TrajectoryStore.open(path).problems()}
-    if (path / "model_index.json").is_file():
+    if (path / INDEX).is_file():
         return {"kind": "pipeline", "problems": problems(path)}
-    raise ValueError(f"{path} holds neither trajectories (manifest.json) nor a pipeline (model_index.json)")
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} holds neither trajectories or prompts (manifest.json) nor a pipeline ({INDEX})")
+    if (path / "prompts.txt").is_file():
+        return {"kind": "prompts", "problems": EncodedPrompts.open(path).problems()}
+    return {"kind": "trajectories", "problems": TrajectoryStore.open(path).problems()}
 
 
 def repair(path: Path, model: str, device: str, prompts: Path | None = None) -> dict[str, Any]:
