@@ -187,22 +187,12 @@ def make_trajectories(
             notes = {"model": model, "device": str(pipeline.device), "prompts": prompts}
             record(out, "trajectories", {**manifest, "num": num}, notes)
             if not is_ready:
-                _encode(pipeline, texts, out / _PROMPTS)
+                save_prompts(pipeline.require_text_encoder(), texts, out / _PROMPTS)
 
         processes.first_acts(prepare)
         store = TrajectoryStore.open(out)
         made = _fill_store(pipeline, pipeline.table(folder), store, settings, shared, title)
     return {"trajectories": len(store), "made": made, "seconds": round(time.perf_counter() - begin, 3)}
-
-
-def _encode(pipeline: Pipeline, texts: Sequence[str], folder: Path) -> None:
-    with stop_signal() as stop, progress_bar("encoding prompts", len(texts)) as bar:
-
-        def progress(items: int) -> None:
-            bar.advance(items)
-            stop.check()
-
-        encode_prompts(pipeline.require_text_encoder(), texts, folder, progress)
 
 
 def trajectory_table(pipeline: Pipeline, store: TrajectoryStore, prompts: Path | None) -> ConditionTable:
@@ -265,10 +255,7 @@ def text_encoder(model: str | None, encoder: str | None, max_tokens: int | None,
         return TextEncoder.from_pretrained(encoder, max_tokens, device)
     if model is None or encoder is not None or max_tokens is not None:
         raise ValueError("give --model MODEL, or --encoder NAME with --max-tokens N")
-    found = Pipeline.from_pretrained(model, device).text_encoder
-    if found is None:
-        raise ValueError(f"{model} reads classes and has no text encoder; give a model of text, or --encoder NAME")
-    return found
+    return Pipeline.from_pretrained(model, device).require_text_encoder()
 
 
 def save_prompts(encoder: TextEncoder, prompts: Sequence[str], out: Path) -> dict[str, Any]:
