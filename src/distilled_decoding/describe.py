@@ -65,7 +65,7 @@ def random_weights(name: str, device: str, dtype: torch.dtype) -> Pipeline:
 
 
 def info(pipeline: Pipeline) -> dict[str, Any]:
-    """What a model is: family, classes, blocks, sizes, sampling, and what was published of it."""
+    """What a model is: family, classes or captions, blocks, sizes, sampling, and what was published of it."""
     order = pipeline.teacher.order
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.teacher.named_children()}
     if pipeline.student is not None:
@@ -73,7 +73,7 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
     own = {} if pipeline.config.preset is None else {"published": _published(pipeline.config)}
     return {
         "family": pipeline.config.family,
-        "classes": list(pipeline.config.class_names),
+        **_condition(pipeline),
         "blocks": order.num_blocks,
         "tokens": order.length,
         "codebook": list(pipeline.teacher.codebook.shape),
@@ -88,6 +88,15 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
         "teacher_hash": None if pipeline.teacher.codebook.is_meta else pipeline.fingerprint,
         **own,
     }
+
+
+def _condition(pipeline: Pipeline) -> dict[str, Any]:
+    """What it reads."""
+    if pipeline.num_classes:
+        return {"classes": list(pipeline.config.class_names)}
+    tokens, width = pipeline.teacher.caption_shape
+    encoder = {"text_encoder": pipeline.config.text_encoder, "prompts": len(pipeline.prompts)}
+    return {"classes": [], "caption_tokens": tokens, "caption_width": width, **encoder}
 
 
 def _published(config: PipelineConfig) -> dict[str, Any]:
