@@ -19,6 +19,7 @@ from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.text import TextEncoder
 from distilled_decoding.trajectories import TrajectorySettings, generate
 
 SAMPLING = TeacherSampling(guidance_scale=2.0, top_k=12)
@@ -115,3 +116,15 @@ def extractor() -> tuple[Extractor, Reference]:
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return asdict(a.config) == asdict(b.config) and all(torch.equal(x, y) for x, y in pairs)
+
+
+def text_encoder(max_tokens: int = 12) -> TextEncoder:
+    """A T5 encoder of bytes with random weights; eight features a token."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel  # it takes seconds, and few tests need it
+
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes))
+    return TextEncoder(encoder.eval().requires_grad_(False), tokenizer, max_tokens)

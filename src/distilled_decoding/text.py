@@ -111,13 +111,20 @@ class TextEncoder:
         """Captions of some prompts, as one batch, on the encoder's device; an empty prompt becomes a null caption.
 
         Prompts are cleaned first, see `clean`. One that is too long is cut, and a warning says where.
+
+        Raises:
+            ValueError: there are no prompts.
         """
         return self.features(self.tokens(prompts))
 
     def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each prompt, cleaned and cut to `max_tokens`, with the end token."""
+        """The tokens of each prompt, cleaned and cut to `max_tokens`, with the end token.
+
+        Raises:
+            ValueError: there are no prompts.
+        """
         if not prompts:
-            return []
+            raise ValueError("no prompts; give one at least")
         ids = self.tokenizer([clean(prompt) for prompt in prompts], verbose=False)["input_ids"]
         if too_long := [i for i, prompt_ids in enumerate(ids) if len(prompt_ids) > self.max_tokens]:
             warnings.warn(self._cut(too_long, ids[too_long[0]]), stacklevel=2)
