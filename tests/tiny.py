@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from distilled_decoding.condition import Classes
 from distilled_decoding.families import family as family_of
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
@@ -23,6 +24,7 @@ from distilled_decoding.trajectories import TrajectorySettings, generate
 
 SAMPLING = TeacherSampling(guidance_scale=2.0, top_k=12)
 FLOW = FlowSettings(num_steps=8)
+CLASSES = Classes(3)
 
 
 def teacher() -> LlamaGenTeacher:
@@ -92,8 +94,8 @@ def trajectory_settings(run_seed: int = 0) -> TrajectorySettings:
 
 def store(folder: Path, pipe: Pipeline, num: int = 32) -> TrajectoryStore:
     settings = trajectory_settings()
-    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint), num)
-    generate(pipe.teacher, made, settings, lambda items: None)
+    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint, CLASSES.identity), num)
+    generate(pipe.teacher, CLASSES, made, settings, lambda items: None)
     return made
 
 

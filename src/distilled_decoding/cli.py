@@ -51,6 +51,7 @@ def info(model: Model, json: bool = False) -> None:
 def sample(
     model: Model,
     labels: tuple[int, ...] = (),
+    prompt: tuple[str, ...] = (),
     num: int = 10,
     steps: str | None = None,
     schedule: tuple[int, ...] | None = None,
@@ -71,6 +72,7 @@ def sample(
     Args:
         model: shipped name, folder or hub id.
         labels: classes, taken in turn; without them the classes are balanced.
+        prompt: texts, taken in turn, of a model that reads them; without them its own prompts.
         num: images in all.
         steps: student steps (1, 2 ...), `teacher` (its flow map on the same noise) or `teacher-ancestral`; by
             default 1.
@@ -82,13 +84,14 @@ def sample(
         seed: of the run.
         out: folder for one PNG an image.
         grid: .png file for one picture of all images, ten in a row.
-        npz: .npz file for arr_0 (uint8 images) and arr_1 (labels), as the ADM evaluator reads them.
+        npz: .npz file for arr_0 (uint8 images) and arr_1 (labels, or numbers of prompts), as the ADM evaluator reads
+            them.
         device: cpu, cuda, cuda:1 ... or mps.
         dtype: of the transformers.
         compile: worth it for many images: the first ones take a minute or more, the others less.
         json: print one JSON object.
     """
-    run = commands.SampleRun(model, labels, num, _steps(steps), schedule, teacher_span, prefix, seed)
+    run = commands.SampleRun(model, labels, prompt, num, _steps(steps), schedule, teacher_span, prefix, seed)
     pipeline = _load(model, device, dtype, compile).with_settings(**_given({"split_block": split_block}))
     _print(commands.sample_images(run, pipeline, out, grid, npz), json)
 
@@ -97,6 +100,8 @@ def trajectories(
     model: Model,
     num: int | None = None,
     out: Path | None = None,
+    prompts: Path | None = None,
+    column: str | None = None,
     seed: int = 0,
     micro_batch: int | None = None,
     shard_size: int | None = None,
@@ -104,13 +109,16 @@ def trajectories(
     plan: bool = False,
     json: bool = False,
 ) -> None:
-    """Let the teacher make trajectories: for each image its label, its noise and its tokens.
+    """Let the teacher make trajectories: for each image its label or prompt, its noise and its tokens.
 
     Args:
         model: shipped name, folder or hub id.
         num: trajectories in all, by default as many as the model's settings say; asking for more later adds to the
             folder.
         out: folder of the shards.
+        prompts: of a model that reads text: a folder made by encode-prompts, or a .txt (one a line), .csv or .parquet
+            file, which is encoded into OUT/prompts; by default the model's own prompts.
+        column: of the prompts in a .csv or .parquet file.
         seed: of the run.
         micro_batch: images the teacher samples at once; by default the model's.
         shard_size: trajectories in a file; by default as many micro-batches as go into 4,096.
@@ -127,7 +135,8 @@ def trajectories(
     out = _needed(out, "--out")
     pipeline = Pipeline.from_pretrained(model, device)
     settings = commands.trajectory_settings(pipeline, seed, micro_batch, shard_size)
-    _print(commands.make_trajectories(model, pipeline, out, num, settings), json)
+    made = commands.make_trajectories(model, pipeline, out, num, settings, prompts=prompts, column=column)
+    _print(made, json)
 
 
 def distill(
@@ -135,6 +144,7 @@ def distill(
     settings: Training,
     trajectories: Path | None = None,
     out: Path | None = None,
+    prompts: Path | None = None,
     split_block: int | None = None,
     perceptual: Perceptual = "none",
     upkeep: Annotated[training_command.Upkeep, OmitArgPrefixes] = training_command.Upkeep(),  # noqa: B008 - frozen
@@ -150,6 +160,8 @@ def distill(
         settings: of the training.
         trajectories: folder that `trajectories` made with this model.
         out: folder of the new pipeline; checkpoints and the log lie beneath.
+        prompts: of a model that reads text, the folder of the encoded prompts; by default prompts/ in that of the
+            trajectories.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
         upkeep: what is written while it trains.
@@ -169,7 +181,7 @@ def distill(
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
     trained = training_command.distill_student(
-        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run
+        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run, prompts=prompts
     )
     if processes.is_first():
         _print({"pipeline": str(out), **describe.info(trained)}, json)
@@ -244,17 +256,24 @@ def encode_prompts(
     _print(commands.save_prompts(text_encoder, prompts, out), json)
 
 
-def verify(path: Positional[Path], repair: str | None = None, device: str = "cpu", json: bool = False) -> None:
+def verify(
+    path: Positional[Path],
+    repair: str | None = None,
+    prompts: Path | None = None,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
     """Check the hashes of a folder of trajectories, prompts or a model; exit code 1 when something is wrong.
 
     Args:
         path: the folder.
         repair: the model that made the trajectories: makes those again that are missing or damaged, and no others.
+        prompts: for --repair, the folder of the encoded prompts, if it is not beneath the trajectories.
         device: cpu, cuda, cuda:1 ... or mps; for --repair.
         json: print one JSON object.
     """
     device = commands.check_device(device)
-    found = commands.verify(path) if repair is None else commands.repair(path, repair, device)
+    found = commands.verify(path) if repair is None else commands.repair(path, repair, device, prompts)
     _print(found, json)
     if found["problems"]:
         raise SystemExit(1)
