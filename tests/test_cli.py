@@ -175,10 +175,7 @@ def test_an_encoder_that_is_not_there_gets_one_sentence(
     file = tmp_path / "prompts.txt"
     file.write_text("red\n")
     for words, sentence in (
-        (
-            ["--encoder", "google/flan-t5-xl", "--max-tokens", 120],
-            "no text encoder 'google/flan-t5-xl': no such folder",
-        ),
+        (["--encoder", "google/t5", "--max-tokens", 120], "no text encoder 'google/t5': no such folder, and"),
         (["--encoder", tmp_path, "--max-tokens", 120], "holds no text encoder"),
         (["--model", model], "reads classes and has no text encoder"),
         (["--model", model, "--max-tokens", 12], "give --model MODEL, or --encoder NAME with --max-tokens N"),
