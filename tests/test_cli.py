@@ -177,7 +177,7 @@ def test_an_encoder_that_is_not_there_gets_one_sentence(
     for words, sentence in (
         (["--encoder", "google/t5", "--max-tokens", 120], "no text encoder 'google/t5': no such folder, and"),
         (["--encoder", tmp_path, "--max-tokens", 120], "holds no text encoder"),
-        (["--model", model], "reads classes and has no text encoder"),
+        (["--model", model], "this model reads classes, not prompts"),
         (["--model", model, "--max-tokens", 12], "give --model MODEL, or --encoder NAME with --max-tokens N"),
         (["--encoder", encoder], "give --model MODEL, or --encoder NAME with --max-tokens N"),
         (["--encoder", encoder, "--max-tokens", 1], "max_tokens must be at least 2"),
