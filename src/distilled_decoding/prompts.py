@@ -149,27 +149,30 @@ class EncodedPrompts:
         Raises:
             ValueError: a file that they are in is missing or cannot be read.
         """
-        file_B, order_B = (number_B // _IN_FILE).sort(stable=True)
-        row_B = number_B[order_B] % _IN_FILE
-        parts = [self._read(number, row_B[file_B == number].tolist()) for number in file_B.unique().tolist()]
-        return Captions.cat(parts)[order_B.argsort()]
+        file_B, texts = number_B // _IN_FILE, [torch.empty(0)] * len(number_B)
+        for file in file_B.unique().tolist():
+            index_N = (file_B == file).nonzero()[:, 0]
+            rows = (number_B[index_N] % _IN_FILE).tolist()
+            for index, text_PF in zip(index_N.tolist(), self._read(file, rows), strict=True):
+                texts[index] = text_PF
+        length_B1 = torch.tensor([[len(text_PF)] for text_PF in texts])
+        num_positions = self.manifest["max_tokens"]
+        mask_BT = torch.arange(num_positions) >= num_positions - length_B1
+        feature_BTF = torch.zeros(*mask_BT.shape, self.manifest["width"])
+        feature_BTF[mask_BT] = torch.cat(texts).float()
+        return Captions(feature_BTF, mask_BT, length_B1[:, 0] == 1)
 
-    def _read(self, number: int, rows: Sequence[int]) -> Captions:
-        """The captions of some prompts of one file, with their padding in front."""
+    def _read(self, number: int, rows: Sequence[int]) -> list[Tensor]:
+        """The features of some prompts of one file, each [P, F]."""
         path = _features(self.folder, number)
         try:
             # Mapped into memory, and anew each time, so that no page stays, however many files there are.
             with safe_open(path, "pt") as file:
                 feature_PF, length_N = file.get_slice("feature_PF"), file.get_tensor("length_N").long()
                 end_N = length_N.cumsum(0)
-                texts = [feature_PF[int(end_N[row] - length_N[row]) : int(end_N[row])] for row in rows]
+                return [feature_PF[int(end_N[row] - length_N[row]) : int(end_N[row])] for row in rows]
         except Exception as error:
             raise ValueError(f"{path} cannot be read ({error}); `verify {self.folder}` says what is wrong") from error
-        length_B = length_N[rows]
-        mask_BT = torch.arange(self.manifest["max_tokens"]) >= self.manifest["max_tokens"] - length_B[:, None]
-        feature_BTF = torch.zeros(*mask_BT.shape, self.manifest["width"])
-        feature_BTF[mask_BT] = torch.cat(texts).float()
-        return Captions(feature_BTF, mask_BT, length_B == 1)
 
 
 def encode_prompts(

@@ -71,7 +71,7 @@ class TextEncoder:
                 encoder, found = transformers.T5EncoderModel.from_pretrained(model, output_loading_info=True)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(words)
         except Exception as error:  # what transformers raises depends on which file is wrong, and how
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
             raise ValueError(f"{folder} holds no text encoder ({reason}); {_WAY_OUT}") from error
         if found["missing_keys"]:
             lacks = sorted(found["missing_keys"])[0]
