@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from distilled_decoding import describe
 from distilled_decoding.families import family
 from distilled_decoding.families.published import IGNORED, Published, load_published
 from distilled_decoding.index import match_student
@@ -74,14 +75,19 @@ def test_a_preset_is_a_pipeline_that_its_teacher_allows(name: str) -> None:
     maker = family(own.config.family)
     with torch.device("meta"):
         modules = {file.component: maker.kinds(file.component)[0](file.config) for file in own.files}
-        student = maker.kinds("student")[0](own.student)
     modules.pop("student", None)
     teacher = maker.teacher(**modules)
-    match_student(student, teacher, name)
     replace(own.config.training, start_blocks=own.config.start_blocks).check(teacher.order, own.config.split_block)
     assert len(own.config.class_names) == teacher.num_classes
     assert own.config.preset == name
     assert {"sampling"} <= set(own.published) <= {"sampling", "start_blocks", "split_block"}
+
+
+def test_a_teacher_of_captions_has_a_student_of_captions() -> None:
+    text = describe.skeleton("llamagen-t2i-stage2")
+    match_student(text.student, text.teacher, "the preset")
+    assert text.teacher.caption_shape == (120, 2048) and text.student.config.num_positions == 120 + 1024
+    assert text.config.text_encoder == "google/flan-t5-xl"
 
 
 def test_only_what_is_published_distilled_has_a_student_and_results_of_one() -> None:
