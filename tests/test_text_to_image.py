@@ -101,6 +101,10 @@ def test_a_folder_keeps_encoder_and_prompts_and_needs_no_transformers_to_be_copi
     copied = Pipeline.from_pretrained(tmp_path / "second")
     assert torch.equal(codes(copied, ["face"], [3]), codes(Pipeline.from_pretrained(tmp_path / "first"), ["face"], [3]))
     assert problems(tmp_path / "second") == []
+    named = copied.with_settings(text_encoder=str(tmp_path / "first"))
+    named.save_pretrained(tmp_path / "named")
+    assert not (tmp_path / "named" / "text_encoder").exists()
+    assert Pipeline.from_pretrained(tmp_path / "named").text_encoder.identity == pipe.text_encoder.identity
     path = tmp_path / "second" / "text_encoder" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert problems(tmp_path / "second") == [f"{path} is damaged: its hash is not the index's"]

@@ -73,7 +73,8 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
     own = {} if pipeline.config.preset is None else {"published": _published(pipeline.config)}
     return {
         "family": pipeline.config.family,
-        **_condition(pipeline),
+        "classes": list(pipeline.config.class_names),
+        "captions": None if pipeline.num_classes else _captions(pipeline),
         "blocks": order.num_blocks,
         "tokens": order.length,
         "codebook": list(pipeline.teacher.codebook.shape),
@@ -90,13 +91,14 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _condition(pipeline: Pipeline) -> dict[str, Any]:
-    """What it reads."""
-    if pipeline.num_classes:
-        return {"classes": list(pipeline.config.class_names)}
+def _captions(pipeline: Pipeline) -> dict[str, Any]:
     tokens, width = pipeline.teacher.caption_shape
-    encoder = {"text_encoder": pipeline.config.text_encoder, "prompts": len(pipeline.prompts)}
-    return {"classes": [], "caption_tokens": tokens, "caption_width": width, **encoder}
+    return {
+        "tokens": tokens,
+        "width": width,
+        "text_encoder": pipeline.config.text_encoder,
+        "prompts": len(pipeline.prompts),
+    }
 
 
 def _published(config: PipelineConfig) -> dict[str, Any]:

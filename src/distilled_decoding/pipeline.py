@@ -183,11 +183,12 @@ class Pipeline:
 
     def _save_text(self, folder: Path) -> None:
         """Write the text encoder, unless it goes by a name, and the prompts."""
-        if self._text_folder is not None and self._text_folder.resolve() != folder.resolve():
+        if self.config.text_encoder is None and self._text_folder is not None:
             # Files are copied as they are, which needs no transformers.
-            for name in (ENCODER, TOKENIZER):
-                shutil.copytree(self._text_folder / name, folder / name, dirs_exist_ok=True)
-        elif self._text_folder is None and self.config.text_encoder is None and self.text_encoder is not None:
+            if self._text_folder.resolve() != folder.resolve():
+                for name in (ENCODER, TOKENIZER):
+                    shutil.copytree(self._text_folder / name, folder / name, dirs_exist_ok=True)
+        elif self.config.text_encoder is None and self.text_encoder is not None:
             self.text_encoder.save_pretrained(folder)
         if self.prompts:
             save_text(folder / _PROMPTS, "".join(f"{prompt}\n" for prompt in self.prompts))
@@ -269,6 +270,8 @@ class Pipeline:
         """
         twin = copy(self)
         twin.config = replace(self.config, **settings)
+        if "text_encoder" in settings:
+            twin.__dict__.pop("text_encoder", None)
         match_teacher(twin.config, self.teacher, "these settings")
         return twin
 
@@ -297,7 +300,7 @@ class Pipeline:
         Raises:
             ValueError: it cannot be loaded, or gives captions of another size than the teacher reads.
         """
-        source = self._text_folder or self.config.text_encoder
+        source = self.config.text_encoder or self._text_folder
         if self.num_classes or source is None:
             return None
         tokens, width = self.teacher.caption_shape
