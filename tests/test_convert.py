@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilled_decoding import Pipeline, cli, describe
+from distilled_decoding import Pipeline, cli, commands, describe
 from distilled_decoding.condition import Labels
 from distilled_decoding.convert import identify, read_parts
 from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
 from distilled_decoding.families.published import IGNORED
 from distilled_decoding.originals import Weights
 from distilled_decoding.teacher import TeacherSampling
+from tests import tiny
 from tests.golden import FOLDER, load_case
 
 FILES = FOLDER / "checkpoints"
@@ -240,6 +241,45 @@ def test_the_command_writes_a_folder_that_says_where_it_stands(tmp_path: Path, m
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "holds a model already; choose another --out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def text_files(tmp_path: Path) -> list[Path]:
+    """A tokenizer, and a transformer of captions of 12 positions and 8 channels as a training checkpoint holds it."""
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 16, "num_tokens": 16}
+    transformer = Transformer(TransformerConfig(**sizes, num_classes=0, caption_tokens=12, caption_dim=8))
+    torch.save({"model": transformer.state_dict()}, tmp_path / "t2i_tiny.pt")
+    return [LLAMAGEN[0], tmp_path / "t2i_tiny.pt"]
+
+
+def test_a_text_model_reads_with_the_encoder_that_it_names(text_files: list[Path], tmp_path: Path) -> None:
+    tiny.text_encoder().save_pretrained(tmp_path / "encoder")
+    pipe = commands.with_text_encoder(Pipeline.from_original(text_files, **SIZES), str(tmp_path / "encoder"))
+    assert pipe.config.text_encoder == str(tmp_path / "encoder")
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = Pipeline.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "text_encoder").exists()
+    assert loaded.require_text_encoder().identity == tiny.text_encoder().identity
+    asked = {"prompts": ["red", ""], "steps": "teacher-ancestral"}
+    assert torch.equal(loaded(**asked).code_BLC, pipe(**asked).code_BLC)
+
+
+def test_the_command_names_the_text_encoder_of_a_text_model_alone(
+    text_files: list[Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    words = ["--num-heads", "2", "--num-tokens", "16", "--text-encoder", "google/flan-t5-xl", "--out"]
+    monkeypatch.setattr(
+        sys, "argv", ["distilled-decoding", "convert", *map(str, text_files), *words, str(tmp_path / "t")]
+    )
+    cli.main()
+    assert Pipeline.from_pretrained(tmp_path / "t").config.text_encoder == "google/flan-t5-xl"
+    monkeypatch.setattr(
+        sys, "argv", ["distilled-decoding", "convert", *map(str, LLAMAGEN), *words, str(tmp_path / "c")]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "a model of classes, which has no text encoder" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 PEAK = """

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from distilled_decoding import describe
 from distilled_decoding.families import family
 from distilled_decoding.families.published import IGNORED, Published, load_published
+from distilled_decoding.index import match_student
 from distilled_decoding.presets import FILES, PRESETS, preset
 
 LISTS = {path.name.removesuffix(".keys.json"): path for path in Path(__file__).with_name("published").glob("*.json")}
@@ -79,6 +81,13 @@ def test_a_preset_is_a_pipeline_that_its_teacher_allows(name: str) -> None:
     assert len(own.config.class_names) == teacher.num_classes
     assert own.config.preset == name
     assert {"sampling"} <= set(own.published) <= {"sampling", "start_blocks", "split_block"}
+
+
+def test_a_teacher_of_captions_has_a_student_of_captions() -> None:
+    text = describe.skeleton("llamagen-t2i-stage2")
+    match_student(text.student, text.teacher, "the preset")
+    assert text.teacher.caption_shape == (120, 2048) and text.student.config.num_positions == 120 + 1024
+    assert text.config.text_encoder == "google/flan-t5-xl"
 
 
 def test_only_what_is_published_distilled_has_a_student_and_results_of_one() -> None:
