@@ -42,7 +42,7 @@ class Scores(NamedTuple):
     logits_BV: Tensor
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """A strided convolution and a residual pair, each with batch normalisation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -69,9 +69,9 @@ class Classifier(nn.Module):
         width = config.width
         self.stages = nn.ModuleList(
             [
-                _Stage(config.image_channels, width, 2),
-                _Stage(width, 2 * width, 2),
-                _Stage(2 * width, 4 * width, 2),
+                Stage(config.image_channels, width, 2),
+                Stage(width, 2 * width, 2),
+                Stage(2 * width, 4 * width, 2),
             ]
         )
         self.head = nn.Linear(4 * width, config.num_classes)
