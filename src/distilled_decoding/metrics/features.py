@@ -56,6 +56,7 @@ class Stage(nn.Module):
         return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """The next feature map."""
         h_BCHW = self.enter(x_BCHW)
         return h_BCHW + self.residual(h_BCHW)
 
