@@ -15,7 +15,7 @@ from hashlib import blake2b, sha256
 import torch
 from torch import Tensor
 
-DOMAINS = ("trajectories", "evaluation", "sampling", "training", "image", "names")
+DOMAINS = ("trajectories", "evaluation", "sampling", "training", "image")
 
 SCHEME = "philox4x32-10, box-muller"
 """The name of the generator."""

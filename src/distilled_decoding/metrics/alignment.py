@@ -6,6 +6,7 @@ Axis letters: B batch, C image channels, H W image, D embedding, V names, K cand
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from distilled_decoding.checkpoint import load_component, load_config
 from distilled_decoding.metrics.features import Stage
-from distilled_decoding.noise import image_keys, shuffled
 
 CANDIDATES = 100
 """A picture's right name competes with this many less one."""
@@ -72,9 +72,15 @@ class Retriever(nn.Module):
         return self.log_scale.exp() * self(image_BCHW) @ self.name_VD.T
 
     def numbers(self, prompts: Sequence[str]) -> Tensor:
-        """The number of each prompt's name, int64; -1 for a prompt that is no name known here."""
+        """The number of each prompt's name, int64, -1 for none; behind a name and a comma more may come, as a style."""
         number = {name: i for i, name in enumerate(self.config.names)}
-        return torch.tensor([number.get(prompt, -1) for prompt in prompts], dtype=torch.int64)
+
+        def of(prompt: str) -> int:
+            while prompt and prompt not in number:
+                prompt = prompt.rpartition(",")[0]
+            return number.get(prompt, -1)
+
+        return torch.tensor([of(prompt) for prompt in prompts], dtype=torch.int64)
 
 
 def load_retriever(folder: Path) -> Retriever:
@@ -103,7 +109,8 @@ def aligned(retriever: Retriever, image_BCHW: Tensor, number_B: Tensor) -> Tenso
     known_B = number_B >= 0
     image_MCHW, number_M = image_BCHW[known_B.to(image_BCHW.device)].to(device), number_B[known_B].to(device)
     # Every name meets those at the same random distances from it in the list: its own others, and each equally often.
-    distance_K = 1 + shuffled(torch.arange(CANDIDATES - 1), num_names - 1, image_keys("names", 0, [0])).to(device)
+    distances = sorted(range(1, num_names), key=lambda distance: sha256(f"{distance}".encode()).digest())
+    distance_K = torch.tensor(distances[: CANDIDATES - 1], device=device)
     with torch.no_grad():
         cosine_MV = retriever(image_MCHW.float() / 127.5 - 1) @ retriever.name_VD.T
     other_MK = cosine_MV.gather(1, (number_M[:, None] + distance_K) % num_names)
