@@ -94,43 +94,65 @@ def load_retriever(folder: Path) -> Retriever:
     return model.eval().requires_grad_(False)
 
 
-def aligned(retriever: Retriever, image_BCHW: Tensor, number_B: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Says which pictures show what their prompts name.
+
+    Attributes:
+        retriever: in evaluation mode, on any device.
+        name_N: number of each prompt's name, -1 where the retriever knows none.
+        real: the share of real pictures of these prompts of which it says so.
+    """
+
+    retriever: Retriever
+    name_N: Tensor
+    real: float | None
+
+    def aligned(self, image_BCHW: Tensor, number_B: Tensor) -> Tensor:
+        """See the function `aligned`, of pictures of the prompts of these numbers."""
+        return aligned(self.retriever, image_BCHW, self.name_N[number_B])
+
+
+def aligned(retriever: Retriever, image_BCHW: Tensor, name_B: Tensor) -> Tensor:
     """Which pictures' right names score best among 100: themselves and 99 others, always the same ones.
 
     Args:
         retriever: in evaluation mode, on any device.
         image_BCHW: uint8 images.
-        number_B: number of the name that each should show; -1 where there is none.
+        name_B: number of the name that each should show; -1 where there is none.
 
     Returns:
         bool [M] on the CPU, of the M pictures that have a name.
     """
     num_names, device = len(retriever.config.names), retriever.names.device
-    known_B = number_B >= 0
-    image_MCHW, number_M = image_BCHW[known_B.to(image_BCHW.device)].to(device), number_B[known_B].to(device)
+    image_MCHW, name_M = image_BCHW.cpu()[name_B >= 0].to(device), name_B[name_B >= 0].to(device)
     # Every name meets those at the same random distances from it in the list: its own others, and each equally often.
     distances = sorted(range(1, num_names), key=lambda distance: sha256(f"{distance}".encode()).digest())
     distance_K = torch.tensor(distances[: CANDIDATES - 1], device=device)
     with torch.no_grad():
         cosine_MV = retriever(image_MCHW.float() / 127.5 - 1) @ retriever.name_VD.T
-    other_MK = cosine_MV.gather(1, (number_M[:, None] + distance_K) % num_names)
-    return (cosine_MV.gather(1, number_M[:, None]) > other_MK).all(1).cpu()
+    other_MK = cosine_MV.gather(1, (name_M[:, None] + distance_K) % num_names)
+    return (cosine_MV.gather(1, name_M[:, None]) > other_MK).all(1).cpu()
 
 
-def alignment(retriever: Retriever, images: Iterable[Tensor], number_N: Tensor) -> float | None:
+def alignment(retriever: Retriever, images: Iterable[Tensor], name_N: Tensor) -> float | None:
     """The share of pictures whose right name scores best among 100, see `aligned`.
 
     Args:
         retriever: in evaluation mode.
         images: batches of uint8 images; never more than one is held.
-        number_N: number of each picture's name, -1 where it has none: such pictures are left out.
+        name_N: number of each picture's name, -1 where it has none: such pictures are left out.
 
     Returns:
         the share, None when no picture has a name.
     """
     first, found = 0, []
     for image_BCHW in images:
-        found.append(aligned(retriever, image_BCHW, number_N[first : first + len(image_BCHW)]))
+        found.append(aligned(retriever, image_BCHW, name_N[first : first + len(image_BCHW)]))
         first += len(image_BCHW)
-    found_M = torch.cat(found)
-    return found_M.double().mean().item() if len(found_M) else None
+    return share(found)
+
+
+def share(found: Sequence[Tensor]) -> float | None:
+    """The share of true values in batches [M]; None when there are none at all."""
+    return torch.cat(list(found)).double().mean().item() if sum(map(len, found)) else None
