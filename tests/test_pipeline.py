@@ -78,7 +78,7 @@ def test_call_takes_labels_and_seeds() -> None:
     [
         ({"labels": [3]}, "label 3 is outside 0..2"),
         ({"labels": [-1]}, "label -1"),
-        ({"labels": [0], "seeds": [1, 2]}, "2 seeds do not fit 1 labels"),
+        ({"labels": [0], "seeds": [1, 2]}, "2 seeds do not fit 1 images"),
         ({"labels": [0], "output": "jpeg"}, "unknown output 'jpeg'; choose one of pil, array, tensor, codes"),
         ({"labels": [0], "steps": 0}, "got 0"),
         ({"labels": [0], "steps": 5}, "got 5"),

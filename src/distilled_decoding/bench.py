@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.checkpoint import save_json, save_text
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Condition
 from distilled_decoding.families import family
 from distilled_decoding.images import to_uint8
 from distilled_decoding.noise import image_keys
@@ -30,6 +30,7 @@ from distilled_decoding.pipeline import Pipeline, Steps, is_out_of_memory
 from distilled_decoding.progress import Bar, progress_bar, stop_signal
 from distilled_decoding.records import environment, record_anew
 from distilled_decoding.sampling import Step
+from distilled_decoding.teacher import stand_ins
 
 # A turn repeats short runs until this many seconds have passed: a generator that works is warm.
 _TURN = 0.2
@@ -110,10 +111,9 @@ def bench(pipeline: Pipeline, name: str, out: Path, settings: BenchSettings) -> 
         What `bench.json` holds.
 
     Raises:
-        ValueError: no student, a model that reads captions, or a folder that holds another command's results.
+        ValueError: no student, or a folder that holds another command's results.
         Stopped: the user asked to stop.
     """
-    pipeline.check_labels()
     pipeline.plan(2)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the figure needs matplotlib: pip install 'distilled-decoding[plot]'")
@@ -204,7 +204,7 @@ def _forward_passes(pipeline: Pipeline, condition: Condition) -> Tensor:
 
 
 def _inputs(pipeline: Pipeline, batch: int) -> tuple[Condition, Tensor]:
-    condition = Labels.balanced(batch, pipeline.num_classes).to(pipeline.device)
+    condition = stand_ins(pipeline.teacher, batch).to(pipeline.device)
     return condition, image_keys("evaluation", 0, range(batch)).to(pipeline.device)
 
 

@@ -1,12 +1,14 @@
 """What an image is asked to show: a class label or a caption, with the null that guidance needs.
 
-Axis letters: B batch, T caption positions, F caption feature channels.
+A table holds the conditions that images are asked for by number; image i of a run is asked for number i, counted round.
+
+Axis letters: B batch, N images of a run, T caption positions, F caption feature channels.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -184,6 +186,65 @@ class Captions(Condition):
 
     def __getitem__(self, index: slice | Tensor) -> Self:
         return type(self)(self.feature_BTF[index], self.mask_BT[index], self.null_B[index])
+
+
+class ConditionTable(Protocol):
+    """What images are asked for, by number: `len(table)`, `table[number_B]`."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a manifest keeps of it, as JSON: two tables with one identity hold the same conditions."""
+        ...
+
+    def __len__(self) -> int:
+        """How many there are to ask for."""
+        ...
+
+    def __getitem__(self, number_B: Tensor) -> Condition:
+        """The conditions of these numbers, int64 in 0..len-1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The `ConditionTable` of a model of classes: number n is the label n."""
+
+    num_classes: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `ConditionTable.identity`."""
+        return {"num_classes": self.num_classes}
+
+    def __len__(self) -> int:
+        return self.num_classes
+
+    def __getitem__(self, number_B: Tensor) -> Labels:
+        return Labels(number_B, self.num_classes)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Conditions of a table in the order of a run, read a batch at a time, so that any number fits in memory.
+
+    Attributes:
+        table: holds the conditions.
+        number_N: which of them each image is asked for, int64.
+    """
+
+    table: ConditionTable
+    number_N: Tensor
+
+    @classmethod
+    def in_turn(cls, table: ConditionTable, num: int) -> Self:
+        """The numbers in turn, 0, 1, ..., len(table)-1, 0, 1, ..., until there are `num`."""
+        return cls(table, torch.arange(num) % len(table))
+
+    def __len__(self) -> int:
+        return len(self.number_N)
+
+    def __getitem__(self, index: slice | Tensor) -> Condition:
+        return self.table[self.number_N[index]]
 
 
 def _described(tensor: Tensor) -> str:

@@ -28,12 +28,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distilled_decoding.condition import Labels
 from distilled_decoding.distill import DistillSettings, attention_on, batch_loss
 from distilled_decoding.flow import flow_map
 from distilled_decoding.parallel import RunSettings, recompute_layers
 from distilled_decoding.store import Shard
-from distilled_decoding.teacher import log_probabilities
+from distilled_decoding.teacher import log_probabilities, stand_ins
 from distilled_decoding.trajectories import TrajectorySettings
 
 # The share of the speed of large matrix products that a whole job reaches. On two CPU cores the four jobs behind the
@@ -93,7 +92,7 @@ def trajectory_cost(teacher: Any, settings: TrajectorySettings, num: int, flops_
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter:
         teacher = _shapes_of(teacher)
         fixed_bytes = meter.held
-        condition = Labels(torch.zeros(size, dtype=torch.int64), teacher.num_classes)
+        condition = stand_ins(teacher, size)
         token_BL = torch.zeros(size, order.length, dtype=torch.int64)
 
         def step(state: Any, block: int) -> tuple[Any, _Count]:
@@ -162,7 +161,8 @@ def distillation_cost(
             if size >= settings.batch_size:
                 student.zero_grad()  # otherwise the gradients of the parts before are there
             part = slice(0, size)
-            losses = batch_loss(teacher, student, shard, zero_B, settings, order.num_blocks, F.mse_loss, part)
+            condition, split = stand_ins(teacher, size), order.num_blocks
+            losses = batch_loss(teacher, student, shard, condition, zero_B, settings, split, F.mse_loss, part)
             losses.total.backward()
         del beside
         # The state of the training holds the student, its average, and of each parameter two moments and a counter.

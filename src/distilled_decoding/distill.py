@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Condition, ConditionTable
 from distilled_decoding.losses import (
     ImageDistance,
     Losses,
@@ -196,6 +196,7 @@ def batch_loss(
     teacher: Teacher,
     student: Callable[[Tensor, Condition, Tensor], StudentOutput],
     batch: Shard,
+    condition: Condition,
     known_blocks_B: Tensor,
     settings: DistillSettings,
     split_block: int,
@@ -208,6 +209,7 @@ def batch_loss(
         teacher: see `distill`, like the others that are not named here.
         student: predicts.
         batch: the trajectories of a part of an update.
+        condition: what they were asked for.
         known_blocks_B: of all rows of the update.
         settings: see there.
         split_block: likewise.
@@ -226,9 +228,8 @@ def batch_loss(
     code_BLC = lookup(token_BL, codebook_VC)
     noise_BLC = gaussian_noise(batch.key_N.to(device), order.length, codebook_VC.shape[1])
     known_BL = order.known_BL(known_blocks_B)
-    condition = Labels(batch.label_N, teacher.num_classes).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-        output = student(corrupt(noise_BLC, code_BLC, known_BL), condition, known_blocks_B)
+        output = student(corrupt(noise_BLC, code_BLC, known_BL), condition.to(device), known_blocks_B)
     perceptual = None
     if settings.loss.perceptual_weight > 0:
         assert image_distance is not None
@@ -248,6 +249,7 @@ def distill(
     teacher: Teacher,
     student: nn.Module,
     trajectories: Shard | TrajectoryStore,
+    table: ConditionTable,
     settings: DistillSettings,
     split_block: int,
     checkpoints: Checkpoints,
@@ -264,6 +266,7 @@ def distill(
         teacher: made the trajectories; gives order, codebook and decoder.
         student: trained in place, on the teacher's device.
         trajectories: what it learns; each process reads its own rows of every update.
+        table: what they were asked for.
         settings: see there.
         split_block: where sampling will go over from the logits to the code head; the perceptual loss follows it.
         checkpoints: hold the run; when there are some, the run goes on from the newest.
@@ -304,7 +307,10 @@ def distill(
 
         def losses_of(part: slice, index_B: Tensor = index_B, known_blocks_B: Tensor = known_blocks_B) -> Losses:
             batch, forward = trajectories[index_B[part]], trainee.forward
-            return batch_loss(teacher, forward, batch, known_blocks_B, settings, split_block, image_distance, part)
+            condition = table[batch.label_N]
+            return batch_loss(
+                teacher, forward, batch, condition, known_blocks_B, settings, split_block, image_distance, part
+            )
 
         optimizer.zero_grad()
         with attention_on(teacher.codebook.device):

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
-FILES = ("*.json", "*.safetensors", "README.md")
+FILES = ("*.json", "*.safetensors", "README.md", "prompts.txt", "text_tokenizer/*")
 """All that a pipeline folder holds; what else lies in a repository is not downloaded."""
 
 

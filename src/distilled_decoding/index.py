@@ -30,6 +30,8 @@ class PipelineConfig:
         num_trajectories: how many to distil it from.
         training: how to distil it, or how it was.
         preset: the published model that it is, whose results `info` shows; None for any other.
+        text_encoder: folder or hub id of what turns prompts into captions; None where that lies in the model's own
+            folder, or there is none.
 
     Raises:
         ValueError: a count that is not positive, or starting blocks that do not ascend from 0.
@@ -45,6 +47,7 @@ class PipelineConfig:
     num_trajectories: int = 50_000
     training: DistillSettings = field(default_factory=DistillSettings)
     preset: str | None = None
+    text_encoder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "num_trajectories"):

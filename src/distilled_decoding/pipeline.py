@@ -1,8 +1,9 @@
-"""The pipeline: a teacher, its student, and everything needed to turn labels and seeds into images.
+"""The pipeline: a teacher, its student, and everything needed to turn labels or prompts, and seeds, into images.
 
 Axis letters: B batch, L tokens in a sequence, C code or image channels, H W image.
 """
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from distilled_decoding.card import model_card
 from distilled_decoding.checkpoint import fingerprint, load_json, save_json, save_text, sha256
 from distilled_decoding.compiling import compiled
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Asked, Classes, Condition, ConditionTable, Labels
 from distilled_decoding.convert import read_parts
 from distilled_decoding.families import family
 from distilled_decoding.hub import create_repository, upload
@@ -28,14 +29,21 @@ from distilled_decoding.images import to_pil, to_uint8
 from distilled_decoding.index import INDEX, LIBRARY, PipelineConfig, match_components, match_student, match_teacher
 from distilled_decoding.noise import image_keys
 from distilled_decoding.originals import Weights
+from distilled_decoding.prompts import EncodedPrompts, prompt_table, read_prompts
 from distilled_decoding.sampling import Callback, Passes, Plan, check_plan, sample, spread_schedule
 from distilled_decoding.teacher import Prefix
+from distilled_decoding.text import ENCODER, TOKENIZER, TextEncoder
 from distilled_decoding.zoo import resolve
+
+_PROMPTS = "prompts.txt"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Steps = int | Literal["teacher", "teacher-ancestral"]
 Format = Literal["pil", "array", "tensor", "codes"]
+
+Conditions = Condition | Asked
+"""What the images of a run are asked for: all at once, or read from a table a batch at a time."""
 
 Codes = Callable[[Condition, Tensor], Tensor]
 """A way to make codes [B, L, C] of a batch: from its conditions and its keys."""
@@ -46,7 +54,7 @@ class Output:
     """What a pipeline call returns.
 
     Attributes:
-        images: one per label, as asked for: a list of PIL images, grey or RGB; a uint8 array [N, H, W, C]; a float32
+        images: one per label or prompt, as asked for: a list of PIL images, grey or RGB; a uint8 array [N, H, W, C]; a float32
             tensor [N, C, H, W] in [-1, 1] on the CPU; None where only codes were.
         code_BLC: their codes, on the CPU.
     """
@@ -56,12 +64,32 @@ class Output:
 
 
 class Pipeline:
-    """A teacher with its student, as loaded from a folder."""
+    """A teacher with its student, as loaded from a folder.
 
-    def __init__(self, teacher: Any, student: Any | None, config: PipelineConfig) -> None:
+    Args:
+        teacher: the model.
+        student: distilled from it, or None.
+        config: what its folder says of it.
+        text_encoder: of a model of captions, what its folder is to hold; None where `config` names one, or there is
+            none.
+        prompts: of a model of captions, those that it is shown by when no others are given.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        student: Any | None,
+        config: PipelineConfig,
+        text_encoder: TextEncoder | None = None,
+        prompts: Sequence[str] = (),
+    ) -> None:
         self.teacher = teacher
         self.student = student
         self.config = config
+        self.prompts = tuple(prompts)
+        self._text_folder: Path | None = None
+        if text_encoder is not None:
+            self.text_encoder = text_encoder
         self._passes = Passes()
         self.is_compiled = False
 
@@ -88,7 +116,9 @@ class Pipeline:
         if "student" in index:
             student = reader.load_student(folder).to(device).eval().requires_grad_(False)
             match_student(student, teacher, folder / "student")
-        pipeline = cls(teacher, student, config)
+        own = folder / _PROMPTS
+        pipeline = cls(teacher, student, config, prompts=read_prompts(own) if own.is_file() else ())
+        pipeline._text_folder = folder if (folder / ENCODER).is_dir() else None
         pipeline.cast(dtype)
         return pipeline
 
@@ -142,13 +172,25 @@ class Pipeline:
         reader.save_teacher(folder, self.teacher, dtype)
         if self.student is not None:
             reader.save_student(folder, self.student, dtype)
+        self._save_text(folder)
         if not (folder / "README.md").exists():
             save_text(folder / "README.md", model_card(self, folder.resolve().name))
         index: dict[str, Any] = {"_class_name": "Pipeline", **asdict(self.config)}
         index |= {name: [LIBRARY, kind] for name, kind in components.items()}
-        files = [f"{name}/model.safetensors" for name in components]
-        index["sha256"] = {name: sha256(folder / name) for name in files}
+        files = [f"{name}/model.safetensors" for name in (*components, ENCODER)]
+        index["sha256"] = {name: sha256(folder / name) for name in files if (folder / name).is_file()}
         save_json(folder / INDEX, index)
+
+    def _save_text(self, folder: Path) -> None:
+        """Write the text encoder, unless it goes by a name, and the prompts."""
+        if self._text_folder is not None and self._text_folder.resolve() != folder.resolve():
+            # Files are copied as they are, which needs no transformers.
+            for name in (ENCODER, TOKENIZER):
+                shutil.copytree(self._text_folder / name, folder / name, dirs_exist_ok=True)
+        elif self._text_folder is None and self.config.text_encoder is None and self.text_encoder is not None:
+            self.text_encoder.save_pretrained(folder)
+        if self.prompts:
+            save_text(folder / _PROMPTS, "".join(f"{prompt}\n" for prompt in self.prompts))
 
     def push_to_hub(
         self, repo_id: str, private: bool = False, token: str | None = None, dtype: torch.dtype = torch.float32
@@ -201,7 +243,9 @@ class Pipeline:
         return twin
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Give the weights another dtype, in place; the tokenizer stays in float32, because codes must be exact.
+        """Give the weights another dtype, in place; tokenizer and text encoder stay in float32.
+
+        Codes must be exact, and T5 overflows.
 
         Raises:
             ValueError: a dtype that is not one of `DTYPES`, or the pipeline is compiled already.
@@ -236,21 +280,81 @@ class Pipeline:
         """
         if self.is_compiled:
             raise ValueError("what is compiled keeps its student; take the pipeline as it was before")
-        config = replace(self.config, start_blocks=start_blocks, split_block=split_block, preset=None)
-        return Pipeline(self.teacher, student, config)
+        twin = copy(self)
+        twin.student = student
+        twin.config = replace(self.config, start_blocks=start_blocks, split_block=split_block, preset=None)
+        twin.__dict__.pop("student_fingerprint", None)
+        return twin
 
     def new_student(self, seed: int) -> nn.Module:
         """An untrained student that begins where the teacher stands, on its device."""
         return family(self.config.family).new_student(self.teacher, seed)
 
-    def check_labels(self) -> None:
-        """Make sure that labels are what this model reads.
+    @cached_property
+    def text_encoder(self) -> TextEncoder | None:
+        """What turns prompts into captions, loaded when it is first asked for; None where there is none.
 
         Raises:
-            ValueError: it reads captions.
+            ValueError: it cannot be loaded, or gives captions of another size than the teacher reads.
         """
-        if self.num_classes == 0:
-            raise ValueError("this model reads captions, and sampling, trajectories and distillation are of classes")
+        source = self._text_folder or self.config.text_encoder
+        if self.num_classes or source is None:
+            return None
+        tokens, width = self.teacher.caption_shape
+        encoder = TextEncoder.from_pretrained(source, tokens, str(self.device))
+        if encoder.width != width:
+            raise ValueError(f"{source} gives features of {encoder.width} channels, but this model reads {width}")
+        return encoder
+
+    def require_text_encoder(self) -> TextEncoder:
+        """The text encoder, for a job that needs it.
+
+        Raises:
+            ValueError: this model reads classes, or has none; see also `text_encoder`.
+        """
+        if self.num_classes:
+            raise ValueError(f"this model reads classes, not prompts: give labels in 0..{self.num_classes - 1}")
+        if self.text_encoder is None:
+            raise ValueError("this model has no text encoder: name one in `convert --text-encoder NAME`")
+        return self.text_encoder
+
+    def table(self, prompts: Path | Sequence[str] | None = None, column: str | None = None) -> ConditionTable:
+        """What images can be asked for, by number: the classes, or prompts.
+
+        Args:
+            prompts: of a model of captions: a folder that `encode-prompts` made, or what `texts` takes.
+            column: see `texts`.
+
+        Raises:
+            ValueError: prompts for a model of classes, or of another size than this model reads; see also `texts`.
+        """
+        if self.num_classes and prompts is None:
+            return Classes(self.num_classes)
+        if self.num_classes or not (isinstance(prompts, Path) and prompts.is_dir()):
+            return prompt_table(self.require_text_encoder(), self.texts(prompts, column))
+        table = EncodedPrompts.open(prompts)
+        found, expected = (table.manifest["max_tokens"], table.manifest["width"]), self.teacher.caption_shape
+        if found != expected:
+            raise ValueError(f"{prompts} holds captions of {found} tokens and channels, but this model reads {expected}")
+        return table
+
+    def texts(self, prompts: Path | Sequence[str] | None = None, column: str | None = None) -> list[str]:
+        """The prompts that a user gave, or the model's own.
+
+        Args:
+            prompts: a file, see `read_prompts`, or the texts themselves; None means the model's own.
+            column: of the prompts in a .csv or .parquet file.
+
+        Raises:
+            ValueError: a file that cannot be read, one text in place of several, or none where the model has none.
+        """
+        if isinstance(prompts, Path):
+            return read_prompts(prompts, column)
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be several texts, got one string, {prompts!r}; put it into a list")
+        if prompts is None and not self.prompts:
+            raise ValueError("this model ships no prompts of its own: give some, or a file with one a line")
+        return list(self.prompts if prompts is None else prompts)
 
     def _transformers(self) -> list[nn.Module]:
         """The teacher's components but the tokenizer."""
@@ -347,13 +451,13 @@ class Pipeline:
         )
 
     def images(
-        self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None
+        self, plan: Plan, condition: Conditions, key_B: Tensor, callback: Callback | None = None
     ) -> Iterator[Tensor]:
         """Images as uint8 [B, 1 or 3, H, W] on the CPU, a micro-batch at a time, so that any number fits in memory."""
         made = self.generate(partial(self.codes, plan, callback=callback), condition, key_B)
         return (image_BCHW for image_BCHW, _ in made)
 
-    def generate(self, codes: Codes, condition: Condition, key_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def generate(self, codes: Codes, condition: Conditions, key_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """`images` with the codes that they are decoded from, whatever makes those."""
         return self._generate(codes, condition, key_B, _bytes, fill=True)
 
@@ -361,7 +465,7 @@ class Pipeline:
     def _generate(
         self,
         codes: Codes,
-        condition: Condition,
+        condition: Conditions,
         key_B: Tensor,
         finish: Callable[[Tensor], Any] | None,
         fill: bool,
@@ -407,7 +511,7 @@ class Pipeline:
 
     def __call__(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
         steps: Steps | None = None,
         schedule: Sequence[int] | None = None,
@@ -415,11 +519,12 @@ class Pipeline:
         prefix: Prefix = "causal",
         output: Format = "pil",
         callback: Callback | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> Output:
-        """Generate one image per label.
+        """Generate one image per label or prompt.
 
         Args:
-            labels: a class for each image; any sequence, as for `seeds`.
+            labels: a class for each image, of a model of classes; any sequence, as for `seeds`.
             seeds: a seed for each image; by default 0, 1, 2 ...
             steps: see `plan`.
             schedule: see `plan`.
@@ -427,19 +532,21 @@ class Pipeline:
             prefix: see `plan`.
             output: PIL images (`pil`), an `array`, a `tensor`, or `codes` alone, which are not decoded; see `Output`.
             callback: hears of every step, once for each micro-batch.
+            prompts: a text for each image, of a model of captions; an empty one leaves the image to the model.
 
         Raises:
-            ValueError: no label, a label, plan or output that does not exist, or not as many seeds as labels; the
-                model's output is not finite.
+            ValueError: no label or prompt, or such as this model does not read; a plan or output that does not exist;
+                another number of seeds; the model's output is not finite.
         """
-        pairs = self._pairs(labels, seeds, steps, schedule, teacher_span, prefix, output, callback)
+        condition = self._asked(labels, prompts)
+        pairs = self._pairs(condition, seeds, steps, schedule, teacher_span, prefix, output, callback)
         images, codes = zip(*pairs, strict=True)
         gather = _FORMATS[output][1]
         return Output(gather(images), torch.stack(codes))
 
     def stream(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
         steps: Steps | None = None,
         schedule: Sequence[int] | None = None,
@@ -447,8 +554,9 @@ class Pipeline:
         prefix: Prefix = "causal",
         output: Format = "pil",
         callback: Callback | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> Iterator[Any]:
-        """Generate one image per label, one after the other, holding a micro-batch of them at a time.
+        """Generate one image per label or prompt, one after the other, holding a micro-batch of them at a time.
 
         Args:
             labels: see `__call__`, like all others.
@@ -457,19 +565,34 @@ class Pipeline:
             schedule: of the plan.
             teacher_span: of the plan.
             prefix: of the plan.
-            output: what comes of each label: a PIL image (`pil`), an `array` [H, W, C], a `tensor` [C, H, W], or its
+            output: what comes of each: a PIL image (`pil`), an `array` [H, W, C], a `tensor` [C, H, W], or its
                 `codes` [L, C].
             callback: hears of every step.
+            prompts: in place of labels.
 
         Raises:
             ValueError: as `__call__`, at once; at its turn, the model's output is not finite.
         """
-        pairs = self._pairs(labels, seeds, steps, schedule, teacher_span, prefix, output, callback)
+        condition = self._asked(labels, prompts)
+        pairs = self._pairs(condition, seeds, steps, schedule, teacher_span, prefix, output, callback)
         return (image for image, _ in pairs)
+
+    def _asked(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Condition:
+        """What a user asks for, one an image."""
+        given = prompts if labels is None else labels
+        if given is None or (labels is not None and prompts is not None):
+            raise ValueError("give either labels or prompts, one for each image")
+        if not len(given):
+            raise ValueError(f"{'prompts' if labels is None else 'labels'} is empty; give one for each image")
+        if labels is None:
+            return self.require_text_encoder().encode(self.texts(prompts))
+        if not self.num_classes:
+            raise ValueError("this model reads prompts, not labels: give a text for each image")
+        return Labels.checked(labels, self.num_classes)
 
     def _pairs(
         self,
-        labels: Sequence[int],
+        condition: Condition,
         seeds: Sequence[int] | None,
         steps: Steps | None,
         schedule: Sequence[int] | None,
@@ -479,16 +602,12 @@ class Pipeline:
         callback: Callback | None,
     ) -> Iterator[tuple[Any, Tensor]]:
         """Each image with its codes, one by one; everything is checked before the first."""
-        self.check_labels()
         plan = self.plan(steps, schedule, teacher_span, prefix)
         if output not in _FORMATS:
             raise ValueError(f"unknown output {output!r}; choose one of {', '.join(_FORMATS)}")
-        condition = Labels.checked(labels, self.num_classes)
-        if not len(condition):
-            raise ValueError("labels is empty; give one for each image")
         seeds = range(len(condition)) if seeds is None else seeds
         if len(seeds) != len(condition):
-            raise ValueError(f"{len(seeds)} seeds do not fit {len(condition)} labels; give one for each")
+            raise ValueError(f"{len(seeds)} seeds do not fit {len(condition)} images; give one for each")
         key_B = torch.cat([image_keys("image", seed, [0]) for seed in seeds])
         codes = partial(self.codes, plan, callback=callback)
         batches = self._generate(codes, condition, key_B, _FORMATS[output][0], fill=False)

@@ -25,7 +25,10 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Some trajectories: tokens int64 [N, L], labels int64 [N], keys of their noise int64 [N]."""
+    """Some trajectories: tokens int64 [N, L], labels int64 [N], keys of their noise int64 [N].
+
+    A label is what the image was asked for: a class, or the number of a prompt.
+    """
 
     token_NL: Tensor
     label_N: Tensor

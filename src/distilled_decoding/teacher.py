@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Captions, Classes, Condition
 from distilled_decoding.flow import FlowSettings, flow_map
 
 Ramp = Literal["constant", "linear"]
@@ -99,6 +99,8 @@ class Teacher(Protocol):
     `state = feed(state, token)`; after the last block nothing is fed. A state is the teacher's own, and
     is spent once it has been fed: the one that `feed` returns takes its place. A deep copy of it goes on by itself.
 
+    A teacher that reads captions also has `caption_shape`, the positions T and channels F of their features.
+
     A teacher may also offer `compile_steps(compiler)`, which compiles in place what a generation calls again and
     again. What differs from step to step must then be in tensors, or each value gets a graph of its own, and the
     teacher carries one generation at a time.
@@ -157,6 +159,22 @@ class Teacher(Protocol):
     def decode(self, code_BLC: Tensor) -> Tensor:
         """Images [B, 3, H, W] around [-1, 1], not clamped, of codes that need not be in the codebook."""
         ...
+
+
+def stand_ins(teacher: Any, num: int) -> Condition:
+    """Conditions for a teacher, where time, memory and promises do not depend on what they say.
+
+    Args:
+        teacher: a `Teacher`.
+        num: how many.
+
+    Returns:
+        Its classes in turn; or captions without padding, random features from a fixed seed.
+    """
+    if teacher.num_classes:
+        return Classes(teacher.num_classes)[torch.arange(num) % teacher.num_classes]
+    feature_BTF = torch.randn(num, *teacher.caption_shape, generator=torch.Generator().manual_seed(0))
+    return Captions(feature_BTF, torch.ones(feature_BTF.shape[:2], dtype=torch.bool), torch.zeros(num, dtype=torch.bool))
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
 """Trajectories: for every image its condition, its noise and the tokens that the teacher's flow map makes of it.
 
-Trajectory i depends on the run seed and i alone: its label is i modulo the number of classes, its noise is
+Trajectory i depends on the run seed and i alone: its condition is number i of a table, counted round, its noise is
 replayed from its key. The teacher always runs on full micro-batches, so that floating point is the same
 however a run was cut up.
 
 Axis letters: B batch, L tokens in a sequence, C code channels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
 import torch
 
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import ConditionTable
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.noise import SCHEME, gaussian_noise, image_keys, sample_checksum
 from distilled_decoding.store import Shard, TrajectoryStore
@@ -50,10 +50,16 @@ class TrajectorySettings:
                 f"shard size {self.shard_size} must be a positive multiple of micro-batch {self.micro_batch}"
             )
 
-    def manifest(self, teacher: Teacher, fingerprint: str) -> dict[str, object]:
-        """Everything that must agree between two runs that write into one folder."""
-        shape = {"length": teacher.order.length, "num_classes": teacher.num_classes}
-        return {**origin(teacher, fingerprint, self.sampling, self.flow), **shape, **asdict(self)}
+    def manifest(self, teacher: Teacher, fingerprint: str, asked: Mapping[str, object]) -> dict[str, object]:
+        """Everything that must agree between two runs that write into one folder.
+
+        Args:
+            teacher: the model.
+            fingerprint: a hash of its weights.
+            asked: the identity of the table that images are asked for from.
+        """
+        made_of = origin(teacher, fingerprint, self.sampling, self.flow)
+        return {**made_of, "length": teacher.order.length, **asked, **asdict(self)}
 
 
 def origin(
@@ -78,19 +84,20 @@ def origin(
 
 
 @torch.no_grad()
-def _tokens(teacher: Teacher, settings: TrajectorySettings, indices: range, device: torch.device) -> Shard:
+def _tokens(teacher: Teacher, table: ConditionTable, settings: TrajectorySettings, indices: range) -> Shard:
     """The trajectories of one micro-batch; the indices may run past the end of the shard."""
+    device = teacher.codebook.device
     key_B = image_keys("trajectories", settings.run_seed, indices)
-    label_B = torch.tensor(indices) % teacher.num_classes
+    label_B = torch.tensor(indices) % len(table)
     noise_BLC = gaussian_noise(key_B.to(device), teacher.order.length, teacher.codebook.shape[1])
     choose = by_flow(teacher.order, noise_BLC, teacher.codebook, settings.sampling, settings.flow)
-    condition = Labels(label_B, teacher.num_classes).to(device)
-    token_BL = rollout(teacher, condition, settings.sampling.guidance, choose)
+    token_BL = rollout(teacher, table[label_B].to(device), settings.sampling.guidance, choose)
     return Shard(token_BL.cpu(), label_B, key_B)
 
 
 def generate(
     teacher: Teacher,
+    table: ConditionTable,
     store: TrajectoryStore,
     settings: TrajectorySettings,
     progress: Progress,
@@ -100,6 +107,7 @@ def generate(
 
     Args:
         teacher: the model.
+        table: what images are asked for.
         store: an opened store. What is finished of a shard is written even when `progress` raises.
         settings: what the store's manifest was made from.
         progress: called with the number of trajectories finished, those found on disk included.
@@ -116,20 +124,26 @@ def generate(
         if kept:
             progress(kept)
         if kept < wanted:
-            _fill(teacher, store, settings, number, kept, progress)
+            _fill(teacher, table, store, settings, number, kept, progress)
         made += wanted - kept
     return made
 
 
 def _fill(
-    teacher: Teacher, store: TrajectoryStore, settings: TrajectorySettings, number: int, kept: int, progress: Progress
+    teacher: Teacher,
+    table: ConditionTable,
+    store: TrajectoryStore,
+    settings: TrajectorySettings,
+    number: int,
+    kept: int,
+    progress: Progress,
 ) -> None:
     """Complete a shard of which some trajectories are there."""
-    size, device, span = settings.micro_batch, teacher.codebook.device, store.span(number)
+    size, span = settings.micro_batch, store.span(number)
     parts = [store[torch.tensor(span[:kept])]] if kept else []
     try:
         for first in span[kept::size]:
-            parts.append(_tokens(teacher, settings, range(first, first + size), device)[: span.stop - first])
+            parts.append(_tokens(teacher, table, settings, range(first, first + size))[: span.stop - first])
             progress(len(parts[-1]))
     finally:
         if parts:

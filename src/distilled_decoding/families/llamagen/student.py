@@ -1,10 +1,12 @@
 """The distilled student on LlamaGen: the teacher's layers, reading codes or noise, with two heads.
 
-The class position comes first and attention is causal as in the teacher, but the input at a position is the
-code or the noise of that very token, and the output there predicts it. Parameter names are those of the
-published files.
+The class position or the caption's positions come first and attention is the teacher's, but the input at a position is
+the code or the noise of that very token, and the output there predicts it. Parameter names are those of the published
+files, which are of classes; reading captions is ours: their positions count as known, padding is left out of attention,
+and where the code head takes the class it takes the mean of the caption's positions with text.
 
-Axis letters: B batch, L positions or tokens, V codebook entries, C code channels, D width.
+Axis letters: B batch, L positions or tokens, T condition positions, P positions of a whole sequence, V codebook
+entries, C code channels, D width.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,27 +20,15 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
 from distilled_decoding.families.layers import CodeHead
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
-from distilled_decoding.families.llamagen.transformer import Backbone, TransformerConfig, rope_table
+from distilled_decoding.families.llamagen.transformer import Backbone, TransformerConfig, leading_mask, rope_table
 from distilled_decoding.student import StudentOutput
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig(TransformerConfig):
-    """Sizes of the student: the transformer's, and the number of code channels C.
-
-    Raises:
-        ValueError: as the transformer's, and for a transformer that reads captions.
-    """
+    """Sizes of the student: the transformer's, and the number of code channels C."""
 
     code_dim: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.caption_tokens:
-            raise ValueError(
-                "a LlamaGen student reads class labels: give a teacher of classes, with caption_tokens 0, "
-                f"got {self.caption_tokens}"
-            )
 
 
 class LlamaGenStudent(Backbone):
@@ -57,16 +47,13 @@ class LlamaGenStudent(Backbone):
     def from_teacher(cls, teacher: LlamaGenTeacher, seed: int = 0) -> "LlamaGenStudent":
         """A student that begins where the teacher stands.
 
-        Class embedding, layers and logits head are the teacher's. Codes come in through the affine map that
+        Condition embedding, layers and logits head are the teacher's. Codes come in through the affine map that
         fits the teacher's token embeddings best, the code head predicts zeros, and known and noise positions
         differ by little.
 
         Args:
             teacher: left as it is; nothing is shared with it.
             seed: of the noise/data embedding, the only part that is random.
-
-        Raises:
-            ValueError: a teacher that reads captions.
         """
         transformer = teacher.transformer
         config = StudentConfig(**asdict(transformer.config), code_dim=teacher.codebook.shape[1])
@@ -88,13 +75,15 @@ class LlamaGenStudent(Backbone):
         self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, num_logits: int | None = None
     ) -> StudentOutput:
         """See `Student.__call__`."""
-        class_B1D = self.cls_embedding(condition)
-        known_BL = F.pad(self.order.known_BL(known_blocks_B), (1, 0), value=True)[:, : 1 + code_BLC.shape[1]]
-        token_BLD = self.tok_embeddings(code_BLC.to(class_B1D.dtype))
-        x_BLD = torch.cat([class_B1D, token_BLD], dim=1) + self.n_d_embed(known_BL.long())
-        rope = rope_table(self.config, x_BLD.device)[: x_BLD.shape[1]]
-        hidden_BLD = self.run_layers(x_BLD, rope)[:, 1:]
-        code_BLC = self.final_layer_conti(hidden_BLD, class_B1D).float()
+        condition_BTD, attended_BP = self.cls_embedding(condition), self.attended(condition)
+        first = self.config.condition_tokens
+        length = first + code_BLC.shape[1]
+        known_BL = F.pad(self.order.known_BL(known_blocks_B), (first, 0), value=True)[:, :length]
+        token_BLD = self.tok_embeddings(code_BLC.to(condition_BTD.dtype))
+        x_BLD = torch.cat([condition_BTD, token_BLD], dim=1) + self.n_d_embed(known_BL.long())
+        rope, mask = rope_table(self.config, x_BLD.device)[:length], leading_mask(attended_BP, length)
+        hidden_BLD = self.run_layers(x_BLD, rope, mask)[:, first:]
+        code_BLC = self.final_layer_conti(hidden_BLD, _summary(condition_BTD, attended_BP)).float()
         return StudentOutput(self.logits(hidden_BLD[:, :num_logits]), code_BLC)
 
     def _fit_input(self, codebook_VC: Tensor, embedding_VD: Tensor) -> None:
@@ -103,3 +92,12 @@ class LlamaGenStudent(Backbone):
         solution_CD = torch.linalg.lstsq(design_VC, embedding_VD.double().cpu()).solution
         self.tok_embeddings.weight.copy_(solution_CD[:-1].T)
         self.tok_embeddings.bias.copy_(solution_CD[-1])
+
+
+def _summary(condition_BTD: Tensor, attended_BP: Tensor | None) -> Tensor:
+    """The class, or the mean of a caption's positions with text, [B, 1, D]."""
+    if attended_BP is None:
+        return condition_BTD
+    text_BT1 = attended_BP[:, : condition_BTD.shape[1], None].to(condition_BTD.dtype)
+    # A caption without any text would have the mean of nothing.
+    return (condition_BTD * text_BT1).sum(1, keepdim=True) / text_BT1.sum(1, keepdim=True).clamp(min=1)

@@ -16,7 +16,7 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
 from distilled_decoding.families.layers import CacheShelf, CacheSlot, KVCache
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
-from distilled_decoding.families.llamagen.transformer import Transformer, attention_mask, rope_table
+from distilled_decoding.families.llamagen.transformer import Transformer, attention_mask, leading_mask, rope_table
 from distilled_decoding.teacher import Guidance
 
 # A step reads the cache up to a multiple of this many positions: few shapes to compile, little read in vain.
@@ -31,7 +31,7 @@ class DecodingState:
         guidance: applied to the logits; if active, the batch of the cache is 2B, conditional then unconditional.
         scale_L: the guidance scale on every token.
         rope: rotations of all positions.
-        attended_BP: see `Transformer.attended`; P counts all positions.
+        attended_BP: see `Backbone.attended`; P counts all positions.
         cache: keys and values of all positions up to the last token.
         position_1: the position behind them, `cache.length` on the device.
         logits_B1V: guided, of the next token.
@@ -76,6 +76,11 @@ class LlamaGenTeacher(nn.Module):
     def num_classes(self) -> int:
         """Number of classes, without the null class; 0 if captions are read."""
         return self.transformer.config.num_classes
+
+    @property
+    def caption_shape(self) -> tuple[int, int]:
+        """See `Teacher`: (0, 0) if classes are read."""
+        return self.transformer.config.caption_tokens, self.transformer.config.caption_dim
 
     @torch.no_grad()
     def start(self, condition: Condition, guidance: Guidance, prefix_BL: Tensor | None = None) -> DecodingState:
@@ -131,9 +136,8 @@ class LlamaGenTeacher(nn.Module):
     ) -> Tensor:
         """Guided logits of the token behind a prefix."""
         x_BLD = self.transformer.embed(prefix_BL, condition)
-        length, mask = x_BLD.shape[1], None
-        if attended_BP is not None:
-            mask = attention_mask(attended_BP, torch.arange(length, device=x_BLD.device), length)
+        length = x_BLD.shape[1]
+        mask = leading_mask(attended_BP, length)
         hidden_BLD = self.transformer.run_layers(x_BLD, rope[:length], mask, cache)
         return guidance.apply(self.transformer.logits(hidden_BLD[:, -1:]), scale_L[prefix_BL.shape[1]])
 

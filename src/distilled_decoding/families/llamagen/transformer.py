@@ -131,6 +131,13 @@ def attention_mask(attended_BP: Tensor | None, position_L: Tensor, span: int) ->
     return mask_BLP[:, None]
 
 
+def leading_mask(attended_BP: Tensor | None, length: int) -> Tensor | None:
+    """The `attention_mask` of the first positions among themselves; None where each attends to all up to its own."""
+    if attended_BP is None:
+        return None
+    return attention_mask(attended_BP, torch.arange(length, device=attended_BP.device), length)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotated queries and keys."""
 
@@ -244,6 +251,12 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
+    def attended(self, condition: Condition) -> Tensor | None:
+        """Which positions may be attended to: all but a caption's padding, bool [B, P]; None for classes: all."""
+        if not isinstance(condition, Captions):
+            return None
+        return F.pad(condition.mask_BT, (0, self.config.num_tokens), value=True)
+
     def run_layers(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of consecutive positions, whose rotations are `rope`; `cache` takes their keys and values.
 
@@ -289,15 +302,6 @@ class Transformer(Backbone):
         """
         return torch.cat([self.cls_embedding(condition), self.tok_embeddings(token_BL)], dim=1)
 
-    def attended(self, condition: Condition) -> Tensor | None:
-        """Which positions may be attended to: all but a caption's padding, bool [B, P]; None if there is none.
-
-        This waits for the mask's device, so it is for the beginning of a pass or a generation.
-        """
-        if not isinstance(condition, Captions) or condition.mask_BT.all():
-            return None
-        return F.pad(condition.mask_BT, (0, self.config.num_tokens), value=True)
-
     def forward(self, token_BL: Tensor, condition: Condition) -> Tensor:
         """Logits of each token given the condition and the tokens before it, float32 [B, L, V].
 
@@ -308,8 +312,6 @@ class Transformer(Backbone):
         """
         x_BLD = self.embed(token_BL[:, : self.config.num_tokens - 1], condition)
         length = x_BLD.shape[1]
-        attended_BP, mask = self.attended(condition), None
-        if attended_BP is not None:
-            mask = attention_mask(attended_BP, torch.arange(length, device=x_BLD.device), length)
+        mask = leading_mask(self.attended(condition), length)
         hidden_BLD = self.run_layers(x_BLD, rope_table(self.config, x_BLD.device)[:length], mask)
         return self.logits(hidden_BLD[:, self.config.condition_tokens - 1 :])
