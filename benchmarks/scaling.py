@@ -69,8 +69,9 @@ def naive_training(pipeline: Pipeline, store: TrajectoryStore, num: int = 64) ->
     begin = perf_counter()
     for index in range(num):
         batch, known_blocks_1 = store[torch.tensor([index])], torch.zeros(1, dtype=torch.int64)
-        split_block = pipeline.config.split_block
-        batch_loss(pipeline.teacher, student, batch, known_blocks_1, settings, split_block).total.backward()
+        condition, split_block = Labels(batch.label_N, pipeline.num_classes), pipeline.config.split_block
+        loss = batch_loss(pipeline.teacher, student, batch, condition, known_blocks_1, settings, split_block)
+        loss.total.backward()
     return num / (perf_counter() - begin)
 
 

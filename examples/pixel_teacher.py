@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import lookup, nearest
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Classes, Condition, Labels
 from distilled_decoding.distill import DistillSettings, distill
 from distilled_decoding.families import Family, register
 from distilled_decoding.flow import FlowSettings
@@ -234,12 +234,14 @@ def main(out: Path, teacher_updates: int = 500, trajectories: int = 8192, update
     check_student(student, teacher)
 
     settings = TrajectorySettings(sampling, flow)
-    store = TrajectoryStore.create(out / "trajectories", settings.manifest(teacher, pipe.fingerprint), trajectories)
-    generate(teacher, store, settings, progress=lambda items: None)
+    table = Classes(len(CLASSES))
+    manifest = settings.manifest(teacher, pipe.fingerprint, table.identity)
+    store = TrajectoryStore.create(out / "trajectories", manifest, trajectories)
+    generate(teacher, table, store, settings, progress=lambda items: None)
 
     training = DistillSettings(updates, learning_rate=8e-3, ema_rate=0.99, start_blocks=starts, bf16=False)
     checkpoints = Checkpoints(out / "checkpoints")
-    distilled = distill(teacher, student, store, training, SIDE, checkpoints, on_update=lambda update: True)
+    distilled = distill(teacher, student, store, table, training, SIDE, checkpoints, on_update=lambda update: True)
     pipe.with_student(distilled, starts, SIDE).save_pretrained(out / "model")
     return compare(Pipeline.from_pretrained(out / "model"), out / "grid.png")
 

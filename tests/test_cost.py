@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distilled_decoding import describe
+from distilled_decoding.condition import Classes
 from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.distill import DistillSettings, distill
 from distilled_decoding.flow import FlowSettings
@@ -61,8 +62,9 @@ def data_bytes(folder: Path) -> int:
 
 
 def make(folder: Path, teacher: torch.nn.Module, settings: TrajectorySettings, num: int) -> TrajectoryStore:
-    store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash"), num)
-    generate(teacher, store, settings, lambda items: None)
+    table = Classes(teacher.num_classes)
+    store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash", table.identity), num)
+    generate(teacher, table, store, settings, lambda items: None)
     return store
 
 
@@ -101,7 +103,8 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, ru
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
 
     def work() -> None:
-        trained = distill(pipe.teacher, students.pop(), shard, SETTINGS, 1, checkpoints, lambda update: True, run=run)
+        new, table = students.pop(), tiny.CLASSES
+        trained = distill(pipe.teacher, new, shard, table, SETTINGS, 1, checkpoints, lambda update: True, run=run)
         pipe.with_student(trained, (0,), 1).save_pretrained(tmp_path / "model")
 
     real = allocated_bytes(work, tmp_path)

@@ -42,7 +42,7 @@ def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | 
         return update.number != stop_after
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, checkpoints, on_update)
+    student = distill(pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, settings, 16, checkpoints, on_update)
     return student, losses
 
 
@@ -67,7 +67,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
         num_updates=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
     )
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    student = distill(pipe.teacher, pipe.new_student(0), shard, settings, 16, checkpoints, lambda u: True)
+    student = distill(pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, settings, 16, checkpoints, lambda u: True)
     trained = pipe.with_student(student, settings.start_blocks, split_block=16)
     condition = Labels(shard.label_N, 3)
     expected = lookup(shard.token_NL, pipe.teacher.codebook)
@@ -157,15 +157,26 @@ def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) 
     student = pipe.new_student(0)
     known_blocks_B = torch.zeros(4, dtype=torch.long)
     distance = torch.nn.functional.mse_loss
+    condition = Labels(shard.label_N, 3)
     for split, trained, idle in ((16, "output", "final_layer_conti"), (0, "final_layer_conti", "output")):
         student.zero_grad()
-        batch_loss(pipe.teacher, student, shard, known_blocks_B, settings, split, distance).total.backward()
+        losses = batch_loss(pipe.teacher, student, shard, condition, known_blocks_B, settings, split, distance)
+        losses.total.backward()
         assert any(p.grad.abs().max() > 0 for n, p in student.named_parameters() if n.startswith(trained))
         assert all(
             p.grad is None or p.grad.abs().max() == 0 for n, p in student.named_parameters() if n.startswith(idle)
         )
     with pytest.raises(ValueError, match="needs an image distance"):
-        distill(pipe.teacher, student, shard, settings, 16, Checkpoints(tmp_path / "checkpoints"), lambda u: True)
+        distill(
+            pipe.teacher,
+            student,
+            shard,
+            tiny.CLASSES,
+            settings,
+            16,
+            Checkpoints(tmp_path / "checkpoints"),
+            lambda u: True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -207,13 +218,14 @@ def test_the_losses_of_parts_of_a_batch_add_up(tmp_path: Path) -> None:
     shard = tiny.shard(tmp_path / "trajectories", pipe)[:5]
     settings = replace(SETTINGS, loss=LossWeights(perceptual_weight=0.5), block_weights=tuple(range(16)))
     known_blocks_B, distance = torch.tensor([0, 8, 8, 0, 15]), torch.nn.functional.mse_loss
+    condition = Labels(shard.label_N, 3)
 
     def losses(part: slice) -> torch.Tensor:
-        student = pipe.student
-        found = batch_loss(pipe.teacher, student, shard[part], known_blocks_B, settings, 8, distance, part)
+        batch, asked = shard[part], condition[part]
+        found = batch_loss(pipe.teacher, pipe.student, batch, asked, known_blocks_B, settings, 8, distance, part)
         return torch.stack(list(vars(found).values()))
 
-    whole = batch_loss(pipe.teacher, pipe.student, shard, known_blocks_B, settings, 8, distance)
+    whole = batch_loss(pipe.teacher, pipe.student, shard, condition, known_blocks_B, settings, 8, distance)
     torch.testing.assert_close(losses(slice(0, 2)) + losses(slice(2, 5)), torch.stack(list(vars(whole).values())))
 
 
@@ -241,7 +253,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, mon
 
     shard = tiny.shard(tmp_path / "trajectories", pipe)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    student = distill(pipe.teacher, pipe.new_student(0), shard, SETTINGS, 16, checkpoints, on_update)
+    student = distill(pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, SETTINGS, 16, checkpoints, on_update)
     assert [number for number, (finite, _) in enumerate(seen, 1) if not finite] == [2, 5, 6]
     assert [skipped for _, skipped in seen] == [0, 1, 1, 1, 2] + 7 * [3]
     for before, after, finite in zip(weights[:-1], weights[1:], [finite for finite, _ in seen[1:]], strict=True):
@@ -252,7 +264,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, mon
 def distill_tiny(folder: Path, run: RunSettings) -> None:
     pipe = tiny.pipeline()
     shard, checkpoints = tiny.shard(folder / "trajectories", pipe), Checkpoints(folder / "c")
-    distill(pipe.teacher, pipe.new_student(0), shard, SETTINGS, 16, checkpoints, lambda update: True, run=run)
+    distill(
+        pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, SETTINGS, 16, checkpoints, lambda update: True, run=run
+    )
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from distilled_decoding import trajectories
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
-from tests import children
+from tests import children, tiny
 
 SETTINGS = {"teacher": "abc", "length": 3, "shard_size": 4}
 
@@ -146,12 +146,12 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
 
 def make_and_read(folder: Path, num: int, peak: Path) -> None:
     """Shards of half a megabyte from a teacher that costs nothing; then say how much memory that took at most."""
-    trajectories._tokens = lambda teacher, settings, span, device: shard(span.start, len(span), length=4096)
+    trajectories._tokens = lambda teacher, table, settings, span: shard(span.start, len(span), length=4096)
     teacher: Any = SimpleNamespace(codebook=torch.zeros(1, 1))
     settings = trajectories.TrajectorySettings(TeacherSampling(), FlowSettings(), micro_batch=64, shard_size=64)
     store = TrajectoryStore.create(folder, {"teacher": "abc", "shard_size": 64}, num)
     for _ in range(2):
-        trajectories.generate(teacher, store, settings, lambda items: None)
+        trajectories.generate(teacher, tiny.CLASSES, store, settings, lambda items: None)
         (folder / "shard-00000.json").unlink()
     store.write(0, store[torch.arange(64)])
     store.check()

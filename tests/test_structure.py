@@ -55,11 +55,13 @@ def test_no_family_is_named_outside_families() -> None:
 
 def test_import_changes_no_global_state(tmp_path: Path) -> None:
     code = """
+import sys
 import torch
 before = (torch.initial_seed(), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
 import distilled_decoding.cli
 after = (torch.initial_seed(), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
 assert before == after
+assert not {"transformers", "matplotlib"} & set(sys.modules)  # they take seconds, and few commands need them
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert not list(tmp_path.iterdir())

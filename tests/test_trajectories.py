@@ -23,7 +23,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def opened(folder: Path, num: int) -> TrajectoryStore:
-    manifest = tiny.trajectory_settings().manifest(PIPE.teacher, PIPE.fingerprint)
+    manifest = tiny.trajectory_settings().manifest(PIPE.teacher, PIPE.fingerprint, tiny.CLASSES.identity)
     return TrajectoryStore.create(folder, manifest, num)
 
 
@@ -51,7 +51,7 @@ def test_interrupted_and_resumed_is_byte_identical(tmp_path: Path) -> None:
                 raise StopError
 
         with pytest.raises(StopError):
-            generate(PIPE.teacher, opened(tmp_path / "parts", 40), tiny.trajectory_settings(), progress)
+            generate(PIPE.teacher, tiny.CLASSES, opened(tmp_path / "parts", 40), tiny.trajectory_settings(), progress)
     assert 0 < opened(tmp_path / "parts", 40).num_begun(1) < 16
     tiny.store(tmp_path / "parts", PIPE, num=40)
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
@@ -61,7 +61,14 @@ def test_shards_in_any_order_by_anyone_are_byte_identical(tmp_path: Path) -> Non
     tiny.store(tmp_path / "whole", PIPE, num=72)
     order = random.Random(0).sample(range(5), 5)
     for numbers in (order[:2], order[2:], []):
-        generate(PIPE.teacher, opened(tmp_path / "parts", 72), tiny.trajectory_settings(), lambda items: None, numbers)
+        generate(
+            PIPE.teacher,
+            tiny.CLASSES,
+            opened(tmp_path / "parts", 72),
+            tiny.trajectory_settings(),
+            lambda items: None,
+            numbers,
+        )
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
@@ -79,7 +86,7 @@ def test_what_is_damaged_is_made_again_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "shard-00001.safetensors").write_bytes(b"rotten")
     sound = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-0000[23]*")}
     done: list[int] = []
-    made = generate(PIPE.teacher, opened(tmp_path, 60), tiny.trajectory_settings(), done.append)
+    made = generate(PIPE.teacher, tiny.CLASSES, opened(tmp_path, 60), tiny.trajectory_settings(), done.append)
     assert made == 32 and sum(done) == 60
     assert files(tmp_path) == whole
     assert {path: path.stat().st_mtime_ns for path in sound} == sound

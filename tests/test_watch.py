@@ -16,7 +16,7 @@ from tests import tiny
 
 def test_a_model_that_the_shipped_features_do_not_fit_has_pictures_alone(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
-    assert Watch(pipe, tmp_path).look(pipe.student, 500) == {}
+    assert Watch(pipe, tiny.CLASSES, tmp_path).look(pipe.student, 500) == {}
     assert Image.open(tmp_path / "000500.png").size == (10 * 8 * 2, 4 * 8 * 2)
 
 
@@ -32,7 +32,7 @@ def test_samples_are_compared_with_real_images_while_training(tmp_path: Path, mo
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [2, 4]
     assert lines[0]["frechet_distance"] != lines[1]["frechet_distance"]
-    seen = Watch(trained, tmp_path / "again").look(trained.student, 4)
+    seen = Watch(trained, tiny.CLASSES, tmp_path / "again").look(trained.student, 4)
     assert seen["frechet_distance"] == lines[1]["frechet_distance"]
 
 

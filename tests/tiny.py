@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from distilled_decoding.condition import Classes
 from distilled_decoding.families import family as family_of
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
@@ -18,10 +19,12 @@ from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.text import TextEncoder
 from distilled_decoding.trajectories import TrajectorySettings, generate
 
 SAMPLING = TeacherSampling(guidance_scale=2.0, top_k=12)
 FLOW = FlowSettings(num_steps=8)
+CLASSES = Classes(3)
 
 
 def teacher() -> LlamaGenTeacher:
@@ -91,8 +94,8 @@ def trajectory_settings(run_seed: int = 0) -> TrajectorySettings:
 
 def store(folder: Path, pipe: Pipeline, num: int = 32) -> TrajectoryStore:
     settings = trajectory_settings()
-    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint), num)
-    generate(pipe.teacher, made, settings, lambda items: None)
+    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint, CLASSES.identity), num)
+    generate(pipe.teacher, CLASSES, made, settings, lambda items: None)
     return made
 
 
@@ -113,3 +116,15 @@ def extractor() -> tuple[Extractor, Reference]:
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return asdict(a.config) == asdict(b.config) and all(torch.equal(x, y) for x, y in pairs)
+
+
+def text_encoder(max_tokens: int = 12) -> TextEncoder:
+    """A T5 encoder of bytes with random weights; eight features a token."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel  # it takes seconds, and few tests need it
+
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes))
+    return TextEncoder(encoder.eval().requires_grad_(False), tokenizer, max_tokens)

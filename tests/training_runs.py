@@ -105,9 +105,8 @@ def train(
 
     with group():
         checkpoints = Checkpoints(out / (keep or name) / "checkpoints", save_every=2)
-        student = distill(
-            pipe.teacher, pipe.new_student(0), store, settings, 2, checkpoints, on_update, None, RunSettings(**run)
-        )
+        new, table, way = pipe.new_student(0), tiny.CLASSES, RunSettings(**run)
+        student = distill(pipe.teacher, new, store, table, settings, 2, checkpoints, on_update, None, way)
     result = {"losses": losses, "seen": store.seen, "finished": student is not None}
     checkpoint.save_json(out / name / f"{rank()}.json", result)
     if student is not None and is_first():
@@ -292,7 +291,7 @@ def peak_memory(out: Path) -> None:
         folder = out / str(num)
         pipe, chance = tiny.pipeline(), torch.Generator().manual_seed(0)
         settings = replace(tiny.trajectory_settings(), shard_size=4096)
-        manifest = settings.manifest(pipe.teacher, pipe.fingerprint)
+        manifest = settings.manifest(pipe.teacher, pipe.fingerprint, tiny.CLASSES.identity)
         store = TrajectoryStore.create(folder / "trajectories", manifest, num)
         for number in range(store.num_shards):
             span = store.span(number)

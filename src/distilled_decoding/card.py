@@ -1,6 +1,7 @@
 """The model card of a pipeline: what it is and how to use it, and no number that was not measured."""
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from distilled_decoding.pipeline import Pipeline
 
 _LISTED_CLASSES = 20
+_PROMPTS = ("a red apple", "a grinning face")
 
 
 def model_card(pipeline: "Pipeline", name: str) -> str:
@@ -35,7 +37,7 @@ A {reads}-conditional autoregressive image model of the family `{config.family}`
 
 | | |
 |---|---|
-| classes | {len(config.class_names)}{_classes(config.class_names)} |
+{_reads(pipeline)}
 | tokens of an image | {order.length} |
 | blocks, each a forward pass of the teacher | {order.num_blocks} |
 | codebook | {codes} codes of {channels} channels |
@@ -50,11 +52,11 @@ It samples with these settings. A student learns them with it, by the {flow.solv
 
 ## Student
 
-{_student(config) if pipeline.student is not None else _NO_STUDENT[reads]}
+{_student(config) if pipeline.student is not None else _NO_STUDENT}
 
 ## Use
 
-{_use_of_text(name) if reads == "text" else _use(pipeline, name)}
+{_use(pipeline, name)}
 
 ## Measured
 
@@ -62,40 +64,40 @@ Nothing yet. Only what `distilled-decoding evaluate` prints belongs here, with i
 """
 
 
-_NO_STUDENT = {
-    "class": "None yet: `distilled-decoding distill` makes one.",
-    "text": "None: students are of classes.",
-}
+_NO_STUDENT = "None yet: `distilled-decoding distill` makes one."
 
 
 def _use(pipeline: "Pipeline", name: str) -> str:
-    labels = [0, pipeline.num_classes - 1]
+    if pipeline.num_classes:
+        asked, flag = f"labels=[0, {pipeline.num_classes - 1}]", f"--labels 0 {pipeline.num_classes - 1}"
+    else:
+        prompts = list((*pipeline.prompts, *_PROMPTS)[:2])
+        asked, flag = f"prompts={json.dumps(prompts)}", f"--prompt {shlex.join(prompts)}"
     steps = "1" if pipeline.student is not None else "teacher"
     return f"""```python
 from distilled_decoding import Pipeline
 
 pipe = Pipeline.from_pretrained("{name}")
-images = pipe(labels={labels}, seeds=[0, 1], steps={steps if steps == "1" else f'"{steps}"'}).images
+images = pipe({asked}, seeds=[0, 1], steps={steps if steps == "1" else f'"{steps}"'}).images
 ```
 
 ```
-distilled-decoding sample {name} --labels {labels[0]} {labels[1]} --num 8 --steps {steps} --out samples
+distilled-decoding sample {name} {flag} --num 8 --steps {steps} --out samples
 ```"""
 
 
-def _use_of_text(name: str) -> str:
-    return f"""```python
-from distilled_decoding import Pipeline
-
-teacher = Pipeline.from_pretrained("{name}").teacher
-```
-
-The teacher reads `distilled_decoding.condition.Captions`, the features that its text encoder gives."""
+def _reads(pipeline: "Pipeline") -> str:
+    """A row of the table: the classes, or the captions and what makes them."""
+    names = pipeline.config.class_names
+    if names:
+        return f"| classes | {len(names)}{_classes(names)} |"
+    tokens, width = pipeline.teacher.caption_shape
+    encoder = pipeline.config.text_encoder
+    source = f"`{encoder}`" if encoder else "its own text encoder"
+    return f"| captions | {tokens} tokens of {width} channels, of {source} |"
 
 
 def _classes(names: tuple[str, ...]) -> str:
-    if not names:
-        return ", it reads captions"
     return ": " + (", ".join(names) if len(names) <= _LISTED_CLASSES else f"{names[0]} to {names[-1]}")
 
 

@@ -16,11 +16,11 @@ from torch.func import functional_call
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Condition
 from distilled_decoding.losses import corrupt
 from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import Guidance, Teacher, combine_guidance
+from distilled_decoding.teacher import Guidance, Teacher, combine_guidance, stand_ins
 
 _BATCH = 2
 # Of a longer sequence only this many blocks are sampled in a row.
@@ -42,7 +42,7 @@ def check_teacher(teacher: Teacher, condition: Condition | None = None) -> None:
 
     Args:
         teacher: the model.
-        condition: two different captions for a teacher that reads captions; None gives classes, in turn.
+        condition: two different ones; None gives classes in turn, or, to a teacher of captions, random features.
 
     Raises:
         ValueError: names the first promise that is broken.
@@ -50,7 +50,7 @@ def check_teacher(teacher: Teacher, condition: Condition | None = None) -> None:
     with _undisturbed(teacher), torch.no_grad():
         for check in TEACHER_CHECKS:
             check(teacher)
-        condition = _labels(teacher) if condition is None else condition.to(teacher.codebook.device)
+        condition = _asked(teacher) if condition is None else condition.to(teacher.codebook.device)
         _expect(len(condition) == _BATCH, f"condition must be {_BATCH} different ones, got {len(condition)}")
         for check_with in CONDITIONED_CHECKS:
             check_with(teacher, condition)
@@ -110,13 +110,13 @@ def _keys(teacher: Teacher) -> Tensor:
     return image_keys("evaluation", 0, range(_BATCH)).to(teacher.codebook.device)
 
 
-def _labels(teacher: Teacher) -> Labels:
+def _asked(teacher: Teacher) -> Condition:
     _expect(
-        teacher.num_classes >= 1,
-        "num_classes must be an integer of at least 1 (a teacher without classes has one, and one that reads captions "
-        f"is checked with a `condition`), got {teacher.num_classes}",
+        teacher.num_classes >= 1 or hasattr(teacher, "caption_shape"),
+        "num_classes must be an integer of at least 1 (a teacher without classes has one), or 0 beside a "
+        f"`caption_shape` if captions are read, got {teacher.num_classes}",
     )
-    return Labels.balanced(_BATCH, teacher.num_classes).to(teacher.codebook.device)
+    return stand_ins(teacher, _BATCH).to(teacher.codebook.device)
 
 
 def _tokens(teacher: Teacher) -> Tensor:
@@ -339,13 +339,13 @@ CONDITIONED_CHECKS = (
 )
 
 
-def _inputs(teacher: Teacher) -> tuple[Tensor, Labels, Tensor]:
+def _inputs(teacher: Teacher) -> tuple[Tensor, Condition, Tensor]:
     """What a student reads: an image of pure noise, and one of which the first half of the blocks is known."""
     order = teacher.order
     known_blocks_B = torch.tensor([0, (order.num_blocks + 1) // 2], device=teacher.codebook.device)
     code_BLC = lookup(_tokens(teacher), teacher.codebook)
     x_BLC = corrupt(_noise(teacher), code_BLC, order.known_BL(known_blocks_B))
-    return x_BLC, _labels(teacher), known_blocks_B
+    return x_BLC, _asked(teacher), known_blocks_B
 
 
 def _stirred(student: nn.Module) -> dict[str, Tensor]:
@@ -432,7 +432,7 @@ def _student_knows_its_condition(student: nn.Module, teacher: Teacher) -> None:
     other = functional_call(student, weights, (x_BLC, swapped, known_blocks_B))
     # With one class the two conditions are the same.
     told = teacher.num_classes == 1 or _differ(own, other)
-    _expect(told, "a student must read its condition, but predicts the same for classes 0 and 1")
+    _expect(told, "a student must read its condition, but predicts the same for two of them")
 
 
 def _student_keeps_images_apart(student: nn.Module, teacher: Teacher) -> None:

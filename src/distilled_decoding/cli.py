@@ -25,6 +25,7 @@ from distilled_decoding.originals import Weights
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import DTYPES, Pipeline, Steps
 from distilled_decoding.progress import Stopped
+from distilled_decoding.prompts import read_prompts
 from distilled_decoding.report import markdown_table
 from distilled_decoding.report import report as run_report
 from distilled_decoding.store import TrajectoryStore
@@ -50,6 +51,7 @@ def info(model: Model, json: bool = False) -> None:
 def sample(
     model: Model,
     labels: tuple[int, ...] = (),
+    prompt: tuple[str, ...] = (),
     num: int = 10,
     steps: str | None = None,
     schedule: tuple[int, ...] | None = None,
@@ -70,6 +72,7 @@ def sample(
     Args:
         model: shipped name, folder or hub id.
         labels: classes, taken in turn; without them the classes are balanced.
+        prompt: texts, taken in turn, of a model that reads them; without them its own prompts.
         num: images in all.
         steps: student steps (1, 2 ...), `teacher` (its flow map on the same noise) or `teacher-ancestral`; by
             default 1.
@@ -81,13 +84,14 @@ def sample(
         seed: of the run.
         out: folder for one PNG an image.
         grid: .png file for one picture of all images, ten in a row.
-        npz: .npz file for arr_0 (uint8 images) and arr_1 (labels), as the ADM evaluator reads them.
+        npz: .npz file for arr_0 (uint8 images) and arr_1 (labels, or numbers of prompts), as the ADM evaluator reads
+            them.
         device: cpu, cuda, cuda:1 ... or mps.
         dtype: of the transformers.
         compile: worth it for many images: the first ones take a minute or more, the others less.
         json: print one JSON object.
     """
-    run = commands.SampleRun(model, labels, num, _steps(steps), schedule, teacher_span, prefix, seed)
+    run = commands.SampleRun(model, labels, prompt, num, _steps(steps), schedule, teacher_span, prefix, seed)
     pipeline = _load(model, device, dtype, compile).with_settings(**_given({"split_block": split_block}))
     _print(commands.sample_images(run, pipeline, out, grid, npz), json)
 
@@ -96,6 +100,8 @@ def trajectories(
     model: Model,
     num: int | None = None,
     out: Path | None = None,
+    prompts: Path | None = None,
+    column: str | None = None,
     seed: int = 0,
     micro_batch: int | None = None,
     shard_size: int | None = None,
@@ -103,13 +109,16 @@ def trajectories(
     plan: bool = False,
     json: bool = False,
 ) -> None:
-    """Let the teacher make trajectories: for each image its label, its noise and its tokens.
+    """Let the teacher make trajectories: for each image its label or prompt, its noise and its tokens.
 
     Args:
         model: shipped name, folder or hub id.
         num: trajectories in all, by default as many as the model's settings say; asking for more later adds to the
             folder.
         out: folder of the shards.
+        prompts: of a model that reads text: a folder made by encode-prompts, or a .txt (one a line), .csv or .parquet
+            file, which is encoded into OUT/prompts; by default the model's own prompts.
+        column: of the prompts in a .csv or .parquet file.
         seed: of the run.
         micro_batch: images the teacher samples at once; by default the model's.
         shard_size: trajectories in a file; by default as many micro-batches as go into 4,096.
@@ -126,7 +135,8 @@ def trajectories(
     out = _needed(out, "--out")
     pipeline = Pipeline.from_pretrained(model, device)
     settings = commands.trajectory_settings(pipeline, seed, micro_batch, shard_size)
-    _print(commands.make_trajectories(model, pipeline, out, num, settings), json)
+    made = commands.make_trajectories(model, pipeline, out, num, settings, prompts=prompts, column=column)
+    _print(made, json)
 
 
 def distill(
@@ -134,6 +144,7 @@ def distill(
     settings: Training,
     trajectories: Path | None = None,
     out: Path | None = None,
+    prompts: Path | None = None,
     split_block: int | None = None,
     perceptual: Perceptual = "none",
     upkeep: Annotated[training_command.Upkeep, OmitArgPrefixes] = training_command.Upkeep(),  # noqa: B008 - frozen
@@ -149,6 +160,8 @@ def distill(
         settings: of the training.
         trajectories: folder that `trajectories` made with this model.
         out: folder of the new pipeline; checkpoints and the log lie beneath.
+        prompts: of a model that reads text, the folder of the encoded prompts; by default prompts/ in that of the
+            trajectories.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
         upkeep: what is written while it trains.
@@ -168,7 +181,7 @@ def distill(
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
     trained = training_command.distill_student(
-        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run
+        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run, prompts=prompts
     )
     if processes.is_first():
         _print({"pipeline": str(out), **describe.info(trained)}, json)
@@ -186,6 +199,7 @@ def convert(
     patch_nums: tuple[int, ...] | None = None,
     start_blocks: tuple[int, ...] | None = None,
     split_block: int | None = None,
+    text_encoder: str | None = None,
     json: bool = False,
 ) -> None:
     """Turn published files into a pipeline folder; what they are is told from names and shapes.
@@ -203,26 +217,63 @@ def convert(
         start_blocks: where the student can start; by default the preset's.
         split_block: blocks before it are sampled from the logits, the others from the code head; by default
             the preset's.
+        text_encoder: folder or hub id of the T5 encoder that a model of text reads with; by default the preset's.
         json: print one JSON object.
     """
     sizes = {"num_heads": num_heads, "num_tokens": num_tokens, "patch_nums": patch_nums}
     pipeline = Pipeline.from_original(paths, preset, weights, allow_namespace, **_given(sizes))
     changes = _given({"start_blocks": start_blocks, "split_block": split_block})
     pipeline = pipeline.with_settings(sampling=override(pipeline.config.sampling, sampling), **changes)
+    if text_encoder is not None:
+        pipeline = commands.with_text_encoder(pipeline, text_encoder)
     _print(commands.save_converted(pipeline, out), json)
 
 
-def verify(path: Positional[Path], repair: str | None = None, device: str = "cpu", json: bool = False) -> None:
-    """Check the hashes of a folder of trajectories or of a model; exit code 1 when something is wrong.
+def encode_prompts(
+    file: Positional[Path],
+    out: Path,
+    model: str | None = None,
+    encoder: str | None = None,
+    max_tokens: int | None = None,
+    column: str | None = None,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Encode the prompts of a file once, so that no later command needs the text encoder.
+
+    Args:
+        file: .txt with one prompt a line (an empty line is an empty prompt), .csv or .parquet.
+        out: the folder.
+        model: shipped name, folder or hub id of the model that shall read them.
+        encoder: instead of --model, a folder or hub id of a T5 encoder, such as google/flan-t5-xl.
+        max_tokens: with --encoder, tokens of a caption; longer prompts are cut.
+        column: of the prompts in a .csv or .parquet file.
+        device: cpu, cuda, cuda:1 ... or mps.
+        json: print one JSON object.
+    """
+    prompts = read_prompts(file, column)
+    text_encoder = commands.text_encoder(model, encoder, max_tokens, commands.check_device(device))
+    _print(commands.save_prompts(text_encoder, prompts, out), json)
+
+
+def verify(
+    path: Positional[Path],
+    repair: str | None = None,
+    prompts: Path | None = None,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Check the hashes of a folder of trajectories, prompts or a model; exit code 1 when something is wrong.
 
     Args:
         path: the folder.
         repair: the model that made the trajectories: makes those again that are missing or damaged, and no others.
+        prompts: for --repair, the folder of the encoded prompts, if it is not beneath the trajectories.
         device: cpu, cuda, cuda:1 ... or mps; for --repair.
         json: print one JSON object.
     """
     device = commands.check_device(device)
-    found = commands.verify(path) if repair is None else commands.repair(path, repair, device)
+    found = commands.verify(path) if repair is None else commands.repair(path, repair, device, prompts)
     _print(found, json)
     if found["problems"]:
         raise SystemExit(1)
@@ -353,9 +404,8 @@ def demo(
     _print(summary, json, demo_table(summary))
 
 
-COMMANDS = {
-    f.__name__: f for f in (demo, info, sample, trajectories, distill, evaluate, bench, report, convert, verify)
-}
+_COMMANDS = (demo, info, sample, trajectories, distill, evaluate, bench, report, convert, encode_prompts, verify)
+COMMANDS = {command.__name__.replace("_", "-"): command for command in _COMMANDS}
 
 
 def main() -> None:

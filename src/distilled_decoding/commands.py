@@ -6,7 +6,7 @@ Axis letters: N images.
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.distributed import Store
 
 from distilled_decoding import processes, trajectories, zoo
 from distilled_decoding.checkpoint import from_json, save_json, save_text
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Asked, ConditionTable
 from distilled_decoding.cost import flops_per_second, trajectory_cost
 from distilled_decoding.describe import info
 from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, summary
@@ -30,13 +30,15 @@ from distilled_decoding.metrics.reference import read_reference
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, problems
 from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
-from distilled_decoding.prompts import CaptionTable, EncodedPrompts
+from distilled_decoding.prompts import CaptionTable, EncodedPrompts, encode_prompts, prompt_identity
 from distilled_decoding.records import claim, identity, record
 from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix
+from distilled_decoding.text import TextEncoder
 
 _PICTURED = 20
+_PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class SampleRun:
 
     model: str
     labels: tuple[int, ...]
+    prompts: tuple[str, ...]
     num: int
     steps: Steps | None
     schedule: tuple[int, ...] | None
@@ -59,18 +62,19 @@ def sample_images(
     """Generate images into a folder of PNGs, one picture, or the ADM evaluator's file.
 
     Args:
-        run: what to generate; image i follows from the seed, i and its label alone.
+        run: what to generate; image i follows from the seed, i and its label or prompt alone.
         pipeline: the model.
         out: folder of PNGs; images found there are not made again. Without it the PNGs wait in a folder beside the
             file, `FILE.partial`, until that is complete.
         picture: one PNG with all images, ten in a row; a file that exists is replaced.
-        npz: file with `arr_0` and `arr_1`, likewise.
+        npz: file with `arr_0` and `arr_1` (labels, or the numbers of the prompts), likewise.
 
     Returns:
         How many images were asked for and made, and the seconds it took.
 
     Raises:
-        ValueError: no place to write, counts that are not positive, unknown labels, a plan that cannot be done.
+        ValueError: no place to write, counts that are not positive, labels or prompts that the model does not read, a
+            plan that cannot be done.
         Stopped: the user asked to stop.
     """
     if run.num < 1:
@@ -83,18 +87,18 @@ def sample_images(
         folder, way_out = file.with_name(f"{file.name}.partial"), "delete it or write to another file"
     check_file(picture, ".png")
     check_file(npz, ".npz")
-    pipeline.check_labels()
-    labels = run.labels or tuple(range(pipeline.num_classes))
-    condition = Labels.checked([labels[i % len(labels)] for i in range(run.num)], pipeline.num_classes)
+    asked = _asked(pipeline, run)
     plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
-    settings = {"labels": labels, "num": run.num, "seed": run.seed, **identity(pipeline, plan)}
+    settings = {"labels": run.labels, **asked.table.identity, "num": run.num, "seed": run.seed}
+    settings |= identity(pipeline, plan)
     claim(folder, "sample", settings, {"model": run.model, "device": str(pipeline.device)}, way_out)
     size = pipeline.config.micro_batch
     parts = [range(first, min(first + size, run.num)) for first in range(0, run.num, size)]
     # A micro-batch is made again as a whole, so that every image keeps its place in it: the same bits as unbroken.
     missing = [i for part in parts if not all(png_path(folder, i).is_file() for i in part) for i in part]
     key_N = image_keys("sampling", run.seed, missing)
-    images = pipeline.images(plan, condition[torch.tensor(missing, dtype=torch.int64)], key_N)
+    number_N = asked.number_N[torch.tensor(missing, dtype=torch.int64)]
+    images = pipeline.images(plan, Asked(asked.table, number_N), key_N)
     begin = time.perf_counter()
     with stop_signal() as stop, progress_bar("sampling", run.num) as bar:
         bar.at(run.num - len(missing))
@@ -109,10 +113,20 @@ def sample_images(
             write_picture(picture, grid(torch.cat(list(written())), columns=10))
         if npz is not None:
             bar.say(f"writing {npz.name}")
-            write_npz(npz, written(), condition.label_B)
+            write_npz(npz, written(), asked.number_N)
         if out is None:
             shutil.rmtree(folder)
     return {"images": run.num, "made": len(missing), "seconds": round(time.perf_counter() - begin, 3)}
+
+
+def _asked(pipeline: Pipeline, run: SampleRun) -> Asked:
+    """What the images are asked for: the labels or prompts given in turn, or all that the model has."""
+    if run.labels and run.prompts:
+        raise ValueError("give --labels or --prompt, not both")
+    if run.labels:
+        label_N = pipeline.labels(run.labels).label_B
+        return Asked(pipeline.table(), label_N[torch.arange(run.num) % len(label_N)])
+    return Asked.in_turn(pipeline.table(run.prompts or None), run.num)
 
 
 def _write_images(folder: Path, indices: list[int], images: Iterator[Tensor], bar: Bar, stop: StopSignal) -> None:
@@ -131,6 +145,8 @@ def make_trajectories(
     num: int | None,
     settings: trajectories.TrajectorySettings,
     title: str = "trajectories",
+    prompts: Path | None = None,
+    column: str | None = None,
 ) -> dict[str, Any]:
     """Write trajectories 0..num-1 of a model into a folder; asking for more later adds to it.
 
@@ -141,33 +157,66 @@ def make_trajectories(
         num: how many there shall be; None means as many as the model's settings say.
         settings: what determines them.
         title: what the progress bar says.
+        prompts: of a model of captions: a folder of them encoded, which stays where it is, or a file, which is encoded
+            into `out/prompts`; None means the model's own.
+        column: of the prompts in a .csv or .parquet file.
 
     Returns:
         How many there are, how many were made now, and the seconds it took.
 
     Raises:
-        ValueError: counts that are not positive, or a folder that holds another run or that another process writes.
+        ValueError: counts that are not positive, prompts that the model does not read, or a folder that holds another
+            run or that another process writes.
         Stopped: the user asked to stop.
     """
     num = trajectory_count(pipeline, num)
-    pipeline.check_labels()
-    manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint)
+    is_ready = bool(pipeline.num_classes) or (prompts is not None and prompts.is_dir())
+    texts = [] if is_ready else pipeline.texts(prompts, column)
+    folder = prompts if is_ready else out / _PROMPTS
     begin = time.perf_counter()
     with processes.group(str(pipeline.device)) as shared, ExitStack() as held:
 
         def prepare() -> None:
             held.enter_context(processes.only_writer(out))
+            if is_ready:
+                asked = pipeline.table(folder, column).identity
+            else:
+                asked = prompt_identity(pipeline.require_text_encoder(), texts)
+            manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint, asked)
             TrajectoryStore.create(out, manifest, num)
-            record(out, "trajectories", {**manifest, "num": num}, {"model": model, "device": str(pipeline.device)})
+            notes = {"model": model, "device": str(pipeline.device), "prompts": prompts}
+            record(out, "trajectories", {**manifest, "num": num}, notes)
+            if not is_ready:
+                save_prompts(pipeline.require_text_encoder(), texts, out / _PROMPTS)
 
         processes.first_acts(prepare)
         store = TrajectoryStore.open(out)
-        made = _fill_store(pipeline, store, settings, shared, title)
+        made = _fill_store(pipeline, pipeline.table(folder), store, settings, shared, title)
     return {"trajectories": len(store), "made": made, "seconds": round(time.perf_counter() - begin, 3)}
+
+
+def trajectory_table(pipeline: Pipeline, store: TrajectoryStore, prompts: Path | None) -> ConditionTable:
+    """What trajectories were asked for.
+
+    Args:
+        pipeline: the model that made them.
+        store: the trajectories.
+        prompts: of a model of captions, the folder of its prompts; None means that beneath the trajectories.
+
+    Raises:
+        ValueError: there is no such folder, or its prompts are not those of the trajectories.
+    """
+    if prompts is None and pipeline.num_classes:
+        table = pipeline.table()
+    else:
+        table = pipeline.encoded(store.folder / _PROMPTS if prompts is None else prompts)
+    store.refuse_other(table.identity, "give the folder of the prompts that they were made with: --prompts FOLDER")
+    return table
 
 
 def _fill_store(
     pipeline: Pipeline,
+    table: ConditionTable,
     store: TrajectoryStore,
     settings: trajectories.TrajectorySettings,
     shared: Store,
@@ -181,12 +230,70 @@ def _fill_store(
             stop.check()
 
         numbers = processes.deal(store.num_shards, shared)
-        made = shared.add("made", trajectories.generate(pipeline.teacher, store, settings, progress, numbers))
+        made = trajectories.generate(pipeline.teacher, table, store, settings, progress, numbers)
+        made = shared.add("made", made)
         processes.first_waits(shared, lambda: progress(0))
         if processes.is_first():
             bar.at(shared.add("finished", 0))
             made = shared.add("made", 0)
     return made
+
+
+def text_encoder(model: str | None, encoder: str | None, max_tokens: int | None, device: str) -> TextEncoder:
+    """The text encoder of a model, or one by its own name.
+
+    Args:
+        model: shipped name, folder or hub id of a model of text.
+        encoder: instead of it, a folder or hub id of a T5 encoder.
+        max_tokens: positions of a caption, for `encoder`.
+        device: where it goes.
+
+    Raises:
+        ValueError: not one of the two ways, a model of classes, or no such model or encoder.
+    """
+    if encoder is not None and max_tokens is not None and model is None:
+        return TextEncoder.from_pretrained(encoder, max_tokens, device)
+    if model is None or encoder is not None or max_tokens is not None:
+        raise ValueError("give --model MODEL, or --encoder NAME with --max-tokens N")
+    return Pipeline.from_pretrained(model, device).require_text_encoder()
+
+
+def save_prompts(encoder: TextEncoder, prompts: Sequence[str], out: Path) -> dict[str, Any]:
+    """Encode prompts into a folder.
+
+    Returns:
+        How many there are, how many of them are empty, their size, and the seconds it took.
+
+    Raises:
+        ValueError: a folder that holds something else or that another process writes.
+        Stopped: the user asked to stop.
+    """
+    begin = time.perf_counter()
+    with stop_signal() as stop, progress_bar("encoding", len(prompts)) as bar:
+
+        def progress(items: int) -> None:
+            bar.advance(items)
+            stop.check()
+
+        texts = encode_prompts(encoder, prompts, out, progress).prompts
+    size = {"max_tokens": encoder.max_tokens, "width": encoder.width}
+    seconds = round(time.perf_counter() - begin, 3)
+    return {"prompts": len(texts), "empty": texts.count(""), **size, "seconds": seconds}
+
+
+def with_text_encoder(pipeline: Pipeline, name: str) -> Pipeline:
+    """A model of text that names another text encoder, which stays where it is.
+
+    Args:
+        pipeline: the model.
+        name: folder or hub id.
+
+    Raises:
+        ValueError: a model of classes.
+    """
+    if pipeline.num_classes:
+        raise ValueError("these files are of a model of classes, which has no text encoder; leave --text-encoder out")
+    return pipeline.with_settings(text_encoder=str(Path(name).resolve()) if Path(name).is_dir() else name)
 
 
 def save_converted(pipeline: Pipeline, out: Path) -> dict[str, Any]:
@@ -235,10 +342,9 @@ def plan_trajectories(
         device: where it will run.
 
     Raises:
-        ValueError: a count that is not positive, or a model that reads captions.
+        ValueError: a count that is not positive.
     """
     num = trajectory_count(pipeline, num)
-    pipeline.check_labels()
     cost = trajectory_cost(pipeline.teacher, settings, num, flops_per_second(torch.device(device), bf16=False))
     return {"trajectories": num, "micro_batch": settings.micro_batch, "device": device, **cost.readable()}
 
@@ -305,28 +411,31 @@ def evaluate_model(
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check every hash of a folder of trajectories or of a pipeline.
+    """Check every hash of a folder of trajectories, of encoded prompts or of a pipeline.
 
     Returns:
         Which kind of folder it is, and its problems, a sentence each.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
-    if (path / "manifest.json").is_file():
-        return {"kind": "trajectories", "problems": TrajectoryStore.open(path).problems()}
-    if (path / "model_index.json").is_file():
+    if (path / INDEX).is_file():
         return {"kind": "pipeline", "problems": problems(path)}
-    raise ValueError(f"{path} holds neither trajectories (manifest.json) nor a pipeline (model_index.json)")
+    if not (path / "manifest.json").is_file():
+        raise ValueError(f"{path} holds neither trajectories or prompts (manifest.json) nor a pipeline ({INDEX})")
+    if (path / "prompts.txt").is_file():
+        return {"kind": "prompts", "problems": EncodedPrompts.open(path).problems()}
+    return {"kind": "trajectories", "problems": TrajectoryStore.open(path).problems()}
 
 
-def repair(path: Path, model: str, device: str) -> dict[str, Any]:
+def repair(path: Path, model: str, device: str, prompts: Path | None = None) -> dict[str, Any]:
     """Make the trajectories of a folder again that are missing, damaged or foreign, bit for bit; the others stay.
 
     Args:
         path: the folder.
         model: the one that made it.
         device: where the model runs; the bits are those of the same kind of machine.
+        prompts: see `trajectory_table`.
 
     Returns:
         What was wrong and is mended, and what is still wrong, a sentence each.
@@ -339,7 +448,9 @@ def repair(path: Path, model: str, device: str) -> dict[str, Any]:
     names = [field.name for field in fields(trajectories.TrajectorySettings)]
     settings = from_json(trajectories.TrajectorySettings, {name: store.manifest.get(name) for name in names}, path)
     found = store.problems()
-    make_trajectories(model, pipeline, path, len(store), settings, "repairing")
+    if prompts is None and not pipeline.num_classes:
+        prompts = path / _PROMPTS
+    make_trajectories(model, pipeline, path, len(store), settings, "repairing", prompts)
     for stray in store.strays():
         stray.unlink()
     return {"kind": "trajectories", "repaired": found, "problems": store.problems()}

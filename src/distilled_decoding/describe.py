@@ -31,7 +31,7 @@ def _without_weights(own: Preset) -> Pipeline:
     maker = family(own.config.family)
     with torch.device("meta"):
         parts = {file.component: maker.kinds(file.component)[0](file.config) for file in own.files}
-        student = None if own.student is None else maker.kinds("student")[0](own.student)
+        student = maker.kinds("student")[0](own.student)
     parts.pop("student", None)
     return Pipeline(maker.teacher(**parts), student, own.config)
 
@@ -40,7 +40,7 @@ def random_weights(name: str, device: str, dtype: torch.dtype) -> Pipeline:
     """A published model with random weights: of its full size, good for nothing but to measure speed.
 
     Args:
-        name: of a preset whose student has known sizes.
+        name: of a preset.
         device: where the models go.
         dtype: see `Pipeline.cast`.
 
@@ -48,7 +48,7 @@ def random_weights(name: str, device: str, dtype: torch.dtype) -> Pipeline:
         ValueError: there is no such preset.
     """
     pipeline, generator = _without_weights(preset(name)), torch.Generator().manual_seed(0)
-    parts = [pipeline.teacher] if pipeline.student is None else [pipeline.teacher, pipeline.student]
+    parts = [pipeline.teacher, pipeline.student]
     for module in (module for part in parts for module in part.to_empty(device="cpu").modules()):
         is_norm = isinstance(module, nn.RMSNorm | nn.GroupNorm | nn.LayerNorm)
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -65,7 +65,7 @@ def random_weights(name: str, device: str, dtype: torch.dtype) -> Pipeline:
 
 
 def info(pipeline: Pipeline) -> dict[str, Any]:
-    """What a model is: family, classes, blocks, sizes, sampling, and what was published of it."""
+    """What a model is: family, classes or captions, blocks, sizes, sampling, and what was published of it."""
     order = pipeline.teacher.order
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in pipeline.teacher.named_children()}
     if pipeline.student is not None:
@@ -73,7 +73,7 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
     own = {} if pipeline.config.preset is None else {"published": _published(pipeline.config)}
     return {
         "family": pipeline.config.family,
-        "classes": list(pipeline.config.class_names),
+        **_condition(pipeline),
         "blocks": order.num_blocks,
         "tokens": order.length,
         "codebook": list(pipeline.teacher.codebook.shape),
@@ -88,6 +88,15 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
         "teacher_hash": None if pipeline.teacher.codebook.is_meta else pipeline.fingerprint,
         **own,
     }
+
+
+def _condition(pipeline: Pipeline) -> dict[str, Any]:
+    """What it reads."""
+    if pipeline.num_classes:
+        return {"classes": list(pipeline.config.class_names)}
+    tokens, width = pipeline.teacher.caption_shape
+    encoder = {"text_encoder": pipeline.config.text_encoder, "prompts": len(pipeline.prompts)}
+    return {"classes": [], "caption_tokens": tokens, "caption_width": width, **encoder}
 
 
 def _published(config: PipelineConfig) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
-FILES = ("*.json", "*.safetensors", "README.md", "prompts.txt", "text_tokenizer/*")
-"""All that a pipeline folder holds; what else lies in a repository is not downloaded."""
+FILES = ("*.json", "*.safetensors", "*.model", "prompts.txt", "README.md")
+"""All that a pipeline folder holds (`*.model` are tokenizers); what else lies in a repository is not downloaded."""
 
 
 def download(repo_id: str) -> Path:
-    """The folder of a hub model, downloaded once.
+    """The folder of a hub model, a pipeline or a text encoder, downloaded once.
 
     Raises:
         ValueError: there is no such model, or the hub does not answer.

@@ -54,8 +54,8 @@ class Output:
     """What a pipeline call returns.
 
     Attributes:
-        images: one per label or prompt, as asked for: a list of PIL images, grey or RGB; a uint8 array [N, H, W, C]; a float32
-            tensor [N, C, H, W] in [-1, 1] on the CPU; None where only codes were.
+        images: one per label or prompt, as asked for: a list of PIL images, grey or RGB; a uint8 array [N, H, W, C]; a
+            float32 tensor [N, C, H, W] in [-1, 1] on the CPU; None where only codes were.
         code_BLC: their codes, on the CPU.
     """
 
@@ -312,8 +312,7 @@ class Pipeline:
         Raises:
             ValueError: this model reads classes, or has none; see also `text_encoder`.
         """
-        if self.num_classes:
-            raise ValueError(f"this model reads classes, not prompts: give labels in 0..{self.num_classes - 1}")
+        self._check_reads_text()
         if self.text_encoder is None:
             raise ValueError("this model has no text encoder: name one in `convert --text-encoder NAME`")
         return self.text_encoder
@@ -328,14 +327,24 @@ class Pipeline:
         Raises:
             ValueError: prompts for a model of classes, or of another size than this model reads; see also `texts`.
         """
-        if self.num_classes and prompts is None:
+        if self.num_classes and prompts is None and column is None:
             return Classes(self.num_classes)
-        if self.num_classes or not (isinstance(prompts, Path) and prompts.is_dir()):
-            return prompt_table(self.require_text_encoder(), self.texts(prompts, column))
-        table = EncodedPrompts.open(prompts)
+        if isinstance(prompts, Path) and prompts.is_dir() and column is None:
+            return self.encoded(prompts)
+        texts = self.texts(prompts, column)
+        return prompt_table(self.require_text_encoder(), texts)
+
+    def encoded(self, folder: Path) -> EncodedPrompts:
+        """A folder of encoded prompts, for this model.
+
+        Raises:
+            ValueError: this model reads classes, or captions of another size, or the folder holds something else.
+        """
+        self._check_reads_text()
+        table = EncodedPrompts.open(folder)
         found, expected = (table.manifest["max_tokens"], table.manifest["width"]), self.teacher.caption_shape
         if found != expected:
-            raise ValueError(f"{prompts} holds captions of {found} tokens and channels, but this model reads {expected}")
+            raise ValueError(f"{folder} holds captions of [tokens, channels] {found}, but this model reads {expected}")
         return table
 
     def texts(self, prompts: Path | Sequence[str] | None = None, column: str | None = None) -> list[str]:
@@ -346,15 +355,33 @@ class Pipeline:
             column: of the prompts in a .csv or .parquet file.
 
         Raises:
-            ValueError: a file that cannot be read, one text in place of several, or none where the model has none.
+            ValueError: this model reads classes; a file that cannot be read, one text in place of several, or none
+                where the model has none.
         """
+        self._check_reads_text()
         if isinstance(prompts, Path):
             return read_prompts(prompts, column)
+        if column is not None:
+            raise ValueError(f"column {column!r} goes with a .csv or .parquet file of prompts")
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be several texts, got one string, {prompts!r}; put it into a list")
         if prompts is None and not self.prompts:
             raise ValueError("this model ships no prompts of its own: give some, or a file with one a line")
         return list(self.prompts if prompts is None else prompts)
+
+    def labels(self, labels: Sequence[int]) -> Labels:
+        """Labels that a user gave.
+
+        Raises:
+            ValueError: this model reads prompts; see also `Labels.checked`.
+        """
+        if not self.num_classes:
+            raise ValueError("this model reads prompts, not labels: give texts")
+        return Labels.checked(labels, self.num_classes)
+
+    def _check_reads_text(self) -> None:
+        if self.num_classes:
+            raise ValueError(f"this model reads classes, not prompts: give labels in 0..{self.num_classes - 1}")
 
     def _transformers(self) -> list[nn.Module]:
         """The teacher's components but the tokenizer."""
@@ -584,11 +611,10 @@ class Pipeline:
             raise ValueError("give either labels or prompts, one for each image")
         if not len(given):
             raise ValueError(f"{'prompts' if labels is None else 'labels'} is empty; give one for each image")
-        if labels is None:
-            return self.require_text_encoder().encode(self.texts(prompts))
-        if not self.num_classes:
-            raise ValueError("this model reads prompts, not labels: give a text for each image")
-        return Labels.checked(labels, self.num_classes)
+        if labels is not None:
+            return self.labels(labels)
+        texts = self.texts(prompts)
+        return self.require_text_encoder().encode(texts)
 
     def _pairs(
         self,

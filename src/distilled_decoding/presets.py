@@ -7,7 +7,7 @@ github.com/FoundationVision/VAR (README: cfg 1.5, top-k 900, top-p 0.96), LlamaG
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distilled_decoding.distill import DistillSettings
@@ -74,7 +74,7 @@ class Preset:
     Attributes:
         name: what `--preset` calls it.
         files: tokenizer, transformer and, where there is one, student.
-        student: sizes of the student, published or not; None for text, which ours do not read.
+        student: sizes of the student, published or not.
         image_size: pixels along a side.
         config: of the pipeline: recommended sampling, schedule and training.
         published: which settings of `config` their authors state; the others are ours.
@@ -84,7 +84,7 @@ class Preset:
 
     name: str
     files: tuple[PublishedFile, ...]
-    student: Any | None
+    student: Any
     image_size: int
     config: PipelineConfig
     published: tuple[str, ...]
@@ -216,8 +216,10 @@ def _llamagen_text(stage: int, image_size: int) -> Preset:
     name = f"llamagen-t2i-stage{stage}"
     sizes = _llamagen_sizes("XL", (image_size // 16) ** 2, num_classes=0, caption_tokens=120, caption_dim=2048)
     file = PublishedFile(f"t2i_XL_stage{stage}_{image_size}.pt", "llamagen", "transformer", LlamaGenConfig(**sizes))
+    student = LlamaGenStudentConfig(**sizes, code_dim=8)
     config = _raster_config(name, sizes, TeacherSampling(7.5, top_k=1000), None)
-    return Preset(name, (VQ_16_T2I, file), None, image_size, config, ("sampling",), LLAMAGEN_SETTINGS, ())
+    config = replace(config, text_encoder="google/flan-t5-xl")
+    return Preset(name, (VQ_16_T2I, file), student, image_size, config, ("sampling",), LLAMAGEN_SETTINGS, ())
 
 
 def _raster_config(

@@ -43,13 +43,10 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
     kind = path.suffix.lower()
     if kind not in (".txt", ".csv", ".parquet"):
         raise ValueError(f"{path} is no file of prompts; give a .txt (one a line), .csv or .parquet file")
-    if (kind == ".txt") != (column is None):
-        raise ValueError(f"a column goes with .csv and .parquet files, and must be named there; got {column!r}, {path}")
     if kind == ".txt":
-        prompts = [line.removesuffix("\r") for line in _text(path).removesuffix("\n").split("\n")]
-        prompts = prompts if path.stat().st_size else []
+        prompts = _lines_of(path, column)
     else:
-        prompts = _column(path, str(column)) if kind == ".csv" else _parquet_column(path, str(column))
+        prompts = _csv_column(path, column) if kind == ".csv" else _parquet_column(path, column)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
@@ -82,16 +79,14 @@ def prompt_table(encoder: TextEncoder, prompts: Sequence[str]) -> CaptionTable:
     Raises:
         ValueError: there are none.
     """
-    if not prompts:
-        raise ValueError("no prompts; give one for each image")
     captions = Captions.cat([batch.to("cpu") for batch in _encoded(encoder, encoder.tokens(prompts))])
     return CaptionTable(captions, [clean(prompt) for prompt in prompts], prompt_identity(encoder, prompts))
 
 
 def prompt_identity(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Any]:
     """What determines the captions of some prompts; nothing is encoded for it."""
-    texts = _lines(clean(prompt) for prompt in prompts)
-    values = (hashlib.sha256(texts.encode()).hexdigest(), encoder.identity, encoder.max_tokens, encoder.width)
+    texts = hashlib.sha256(_joined(prompts).encode()).hexdigest()
+    values = (texts, encoder.identity, encoder.max_tokens, encoder.width)
     return dict(zip(_IDENTITY, values, strict=True))
 
 
@@ -167,7 +162,7 @@ class EncodedPrompts:
             with safe_open(path, "pt") as file:
                 feature_PF, length_N = file.get_slice("feature_PF"), file.get_tensor("length_N").long()
                 end_N = length_N.cumsum(0)
-                texts = [feature_PF[end_N[row] - length_N[row] : end_N[row]] for row in rows]
+                texts = [feature_PF[int(end_N[row] - length_N[row]) : int(end_N[row])] for row in rows]
         except Exception as error:
             raise ValueError(f"{path} cannot be read ({error}); `verify {self.folder}` says what is wrong") from error
         length_B = length_N[rows]
@@ -191,14 +186,11 @@ def encode_prompts(
     Raises:
         ValueError: no prompts, or the folder holds something else or is being written.
     """
-    if not prompts:
-        raise ValueError("no prompts to encode; give one at least")
-    identity = prompt_identity(encoder, prompts)
+    tokens, identity = encoder.tokens(prompts), prompt_identity(encoder, prompts)
     with only_writer(folder):
         claim(folder, "encode-prompts", identity)
         done = EncodedPrompts.open(folder).manifest["sha256"] if (folder / _MANIFEST).is_file() else {}
-        save_text(folder / _PROMPTS, _lines(clean(prompt) for prompt in prompts))
-        tokens = encoder.tokens(prompts)
+        save_text(folder / _PROMPTS, _joined(prompts))
         hashes = {}
         for number, first in enumerate(range(0, len(tokens), _IN_FILE)):
             path, part = _features(folder, number), tokens[first : first + _IN_FILE]
@@ -235,8 +227,9 @@ def _features(folder: Path, number: int) -> Path:
     return folder / f"features-{number:05d}.safetensors"
 
 
-def _lines(prompts: Iterator[str]) -> str:
-    return "".join(f"{prompt}\n" for prompt in prompts)
+def _joined(prompts: Sequence[str]) -> str:
+    """Prompts as the encoder reads them, one a line."""
+    return "".join(f"{clean(prompt)}\n" for prompt in prompts)
 
 
 def _text(path: Path) -> str:
@@ -249,32 +242,42 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 in line {line}; convert it, or take the right file") from error
 
 
-def _column(path: Path, column: str) -> list[str]:
+def _lines_of(path: Path, column: str | None) -> list[str]:
+    if column is not None:
+        raise ValueError(f"{path} has lines, not columns; leave the column {column!r} out")
+    text = _text(path)
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _csv_column(path: Path, column: str | None) -> list[str]:
     reader = csv.DictReader(StringIO(_text(path), newline=""))
     try:
-        _check_column(path, column, reader.fieldnames or ())
-        return [row[column] or "" for row in reader]
+        name = _checked(path, column, reader.fieldnames or ())
+        return [row[name] or "" for row in reader]
     except csv.Error as error:
-        raise ValueError(f"{path} is not CSV in line {reader.line_num} ({error})") from error
+        raise ValueError(f"{path} is not CSV in line {reader.line_num + 1} ({error})") from error
 
 
-def _parquet_column(path: Path, column: str) -> list[str]:
+def _parquet_column(path: Path, column: str | None) -> list[str]:
     try:
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
     try:
         file = parquet.ParquetFile(path)
-        _check_column(path, column, file.schema_arrow.names)
-        values = file.read([column])[column].to_pylist()
+        name = _checked(path, column, file.schema_arrow.names)
+        values = file.read([name])[name].to_pylist()
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as Parquet ({error})") from error
     wrong = [value for value in values if not isinstance(value, str | None)]
     if wrong:
-        raise ValueError(f"{path}: the column {column!r} holds {wrong[0]!r}, which is no text")
+        raise ValueError(f"{path}: the column {name!r} holds {wrong[0]!r}, which is no text")
     return [value or "" for value in values]
 
 
-def _check_column(path: Path, column: str, names: Sequence[str]) -> None:
-    if column not in names:
-        raise ValueError(f"{path} has no column {column!r}; it has {', '.join(names) or 'none'}")
+def _checked(path: Path, column: str | None, names: Sequence[str]) -> str:
+    """The name of a column that a file has."""
+    if column is None or column not in names:
+        asked = "needs the name of a column" if column is None else f"has no column {column!r}"
+        raise ValueError(f"{path} {asked}; its columns are {', '.join(names) or 'none'}")
+    return column

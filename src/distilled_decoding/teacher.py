@@ -174,7 +174,8 @@ def stand_ins(teacher: Any, num: int) -> Condition:
     if teacher.num_classes:
         return Classes(teacher.num_classes)[torch.arange(num) % teacher.num_classes]
     feature_BTF = torch.randn(num, *teacher.caption_shape, generator=torch.Generator().manual_seed(0))
-    return Captions(feature_BTF, torch.ones(feature_BTF.shape[:2], dtype=torch.bool), torch.zeros(num, dtype=torch.bool))
+    mask_BT = torch.ones(feature_BTF.shape[:2], dtype=torch.bool)
+    return Captions(feature_BTF, mask_BT, torch.zeros(num, dtype=torch.bool))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distilled_decoding.checkpoint import fingerprint
 from distilled_decoding.condition import Captions
+from distilled_decoding.hub import download
 
 ENCODER, TOKENIZER = "text_encoder", "text_tokenizer"
 """The two folders of a text encoder within that of its pipeline."""
@@ -45,7 +46,7 @@ class TextEncoder:
     def __init__(self, encoder: nn.Module, tokenizer: Any, max_tokens: int) -> None:
         if max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, one for text and one for its end, got {max_tokens}")
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
 
@@ -62,31 +63,34 @@ class TextEncoder:
         Raises:
             ValueError: transformers is not installed, or there is no such model, or it is no T5 encoder.
         """
-        transformers, folder = _transformers(), Path(name_or_folder)
-        whole = (folder / ENCODER).is_dir()
-        model, words = (folder / ENCODER, folder / TOKENIZER) if whole else (name_or_folder, name_or_folder)
+        transformers, folder = _transformers(), _folder(name_or_folder)
+        apart = (folder / ENCODER).is_dir()
+        model, words = (folder / ENCODER, folder / TOKENIZER) if apart else (folder, folder)
         try:
             with _quiet(transformers):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(words)
                 encoder, found = transformers.T5EncoderModel.from_pretrained(model, output_loading_info=True)
-        except Exception as error:  # what transformers raises depends on what is wrong: files, formats, network
+                tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+        except Exception as error:  # what transformers raises depends on which file is wrong, and how
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"no text encoder {str(name_or_folder)!r} ({reason}); {_WAY_OUT}") from error
+            raise ValueError(f"{folder} holds no text encoder ({reason}); {_WAY_OUT}") from error
         if found["missing_keys"]:
             lacks = sorted(found["missing_keys"])[0]
-            raise ValueError(f"{str(name_or_folder)!r} is no T5 encoder: it lacks {lacks!r}; {_WAY_OUT}")
+            raise ValueError(f"{folder} holds no T5 encoder, which would have {lacks!r}; {_WAY_OUT}")
+        # Where its files are missing, transformers makes a tokenizer that knows no word.
+        if tokenizer.unk_token_id in tokenizer("a")["input_ids"]:
+            raise ValueError(f"{words} holds no vocabulary of a tokenizer; {_WAY_OUT}")
         return cls(encoder.float().to(device).eval().requires_grad_(False), tokenizer, max_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `text_encoder/` and `text_tokenizer/` into a pipeline folder, as transformers writes them."""
         with _quiet(_transformers()):
-            self.encoder.save_pretrained(Path(folder) / ENCODER)  # type: ignore[operator]
+            self.encoder.save_pretrained(Path(folder) / ENCODER)
             self.tokenizer.save_pretrained(Path(folder) / TOKENIZER)
 
     @property
     def width(self) -> int:
         """F, the channels of a feature."""
-        return int(self.encoder.config.d_model)  # type: ignore[union-attr]
+        return int(self.encoder.config.d_model)
 
     @property
     def device(self) -> torch.device:
@@ -107,13 +111,20 @@ class TextEncoder:
         """Captions of some prompts, as one batch, on the encoder's device; an empty prompt becomes a null caption.
 
         Prompts are cleaned first, see `clean`. One that is too long is cut, and a warning says where.
+
+        Raises:
+            ValueError: there are no prompts.
         """
         return self.features(self.tokens(prompts))
 
     def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each prompt, cleaned and cut to `max_tokens`, with the end token."""
+        """The tokens of each prompt, cleaned and cut to `max_tokens`, with the end token.
+
+        Raises:
+            ValueError: there are no prompts.
+        """
         if not prompts:
-            return []
+            raise ValueError("no prompts; give one at least")
         ids = self.tokenizer([clean(prompt) for prompt in prompts], verbose=False)["input_ids"]
         if too_long := [i for i, prompt_ids in enumerate(ids) if len(prompt_ids) > self.max_tokens]:
             warnings.warn(self._cut(too_long, ids[too_long[0]]), stacklevel=2)
@@ -141,6 +152,16 @@ class TextEncoder:
         first = f"prompt {too_long[0]} is longer than {self.max_tokens} tokens and is cut after "
         first += f'"…{" ".join(kept[-4:])}"'
         return first if len(too_long) == 1 else f"{len(too_long)} prompts are too long: {first}"
+
+
+def _folder(name_or_folder: str | Path) -> Path:
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    try:
+        return download(str(name_or_folder))
+    except ValueError as error:
+        found = f"no such folder, and {error}"
+        raise ValueError(f"no text encoder {str(name_or_folder)!r}: {found}; {_WAY_OUT}") from error
 
 
 def _transformers() -> ModuleType:

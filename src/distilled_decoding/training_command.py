@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from distilled_decoding import processes, trajectories, zoo
-from distilled_decoding.commands import trajectory_count
+from distilled_decoding.commands import trajectory_count, trajectory_table
+from distilled_decoding.condition import ConditionTable
 from distilled_decoding.cost import distillation_cost, flops_per_second
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.flow import FlowSettings
@@ -63,6 +64,7 @@ def distill_student(
     title: str = "distilling",
     upkeep: Upkeep = Upkeep(),  # noqa: B008 - frozen
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
+    prompts: Path | None = None,
 ) -> Pipeline:
     """Train a student on a model's trajectories and write the whole pipeline to `out`.
 
@@ -80,16 +82,18 @@ def distill_student(
         title: what the progress bar says.
         upkeep: what is written while it trains.
         run: how the work is laid out.
+        prompts: see `trajectory_table`.
 
     Raises:
-        ValueError: trajectories of another teacher, settings that do not fit, a folder that holds another run or that
-            another process writes, no valid checkpoint.
+        ValueError: trajectories of another teacher or of other prompts, settings that do not fit, a folder that holds
+            another run or that another process writes, no valid checkpoint.
         FloatingPointError: the training diverged.
         Stopped: the user asked to stop; the same call goes on.
     """
     config = pipeline.config
     origin = trajectories.origin(pipeline.teacher, pipeline.fingerprint, config.sampling, config.flow)
     store.refuse_other(origin, f"make trajectories of {model} in another folder")
+    table = trajectory_table(pipeline, store, prompts)
     settings, split_block = _resolved(pipeline, settings, split_block, perceptual)
     distance = image_distance(perceptual, str(pipeline.device))
     determined = {
@@ -109,14 +113,24 @@ def distill_student(
         processes.first_acts(lambda: stack.enter_context(processes.only_writer(checkpoints.folder)))
         stop = stack.enter_context(stop_signal())
         bar = stack.enter_context(progress_bar(title, settings.num_updates))
-        report = _Report(pipeline, out, settings, split_block, upkeep, bar, title)
+        report = _Report(pipeline, table, out, settings, split_block, upkeep, bar, title)
 
         def on_update(update: Update) -> bool:
             report.write(update)
             return not stop.requested
 
         student = distill(
-            pipeline.teacher, new, store, settings, split_block, checkpoints, on_update, distance, run, upkeep.resume
+            pipeline.teacher,
+            new,
+            store,
+            table,
+            settings,
+            split_block,
+            checkpoints,
+            on_update,
+            distance,
+            run,
+            upkeep.resume,
         )
         if student is None:
             raise stop.stopped()
@@ -146,6 +160,7 @@ class _Report:
     def __init__(
         self,
         pipeline: Pipeline,
+        table: ConditionTable,
         out: Path,
         settings: DistillSettings,
         split_block: int,
@@ -157,7 +172,7 @@ class _Report:
         self._watch: Watch | None = None
         if upkeep.watch_every:
             start = pipeline.with_settings(start_blocks=settings.start_blocks, split_block=split_block)
-            self._watch = Watch(start, out / "watch")
+            self._watch = Watch(start, table, out / "watch")
         self._watch_every = upkeep.watch_every
         self._bar = bar
         self._title = title
@@ -185,14 +200,13 @@ def _with_student(
     pipeline: Pipeline, store: TrajectoryStore, student: Any, settings: DistillSettings, split_block: int
 ) -> Pipeline:
     """The new pipeline: its teacher samples from what the student has seen."""
-    config = replace(
-        pipeline.config,
+    seen = pipeline.with_settings(
         sampling=TeacherSampling(**store.manifest["sampling"]),
         flow=FlowSettings(**store.manifest["flow"]),
         num_trajectories=len(store),
         training=settings,
     )
-    return Pipeline(pipeline.teacher, None, config).with_student(student, settings.start_blocks, split_block)
+    return seen.with_student(student, settings.start_blocks, split_block)
 
 
 def plan_distillation(
@@ -216,9 +230,8 @@ def plan_distillation(
         run: how the work is laid out; the plan is for one process.
 
     Raises:
-        ValueError: settings that do not fit the model, or a model that reads captions.
+        ValueError: settings that do not fit the model.
     """
-    pipeline.check_labels()
     num = trajectory_count(pipeline, num)
     settings, _ = _resolved(pipeline, settings, split_block, perceptual)
     student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distilled_decoding import zoo
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Asked, ConditionTable
 from distilled_decoding.images import grid
 from distilled_decoding.metrics.features import Extractor
 from distilled_decoding.metrics.frechet import Statistics, frechet_distance
@@ -24,15 +24,17 @@ _BATCH = 250
 
 
 class Watch:
-    """One-step samples of equal labels and noise, again and again.
+    """One-step samples of equal conditions and noise, again and again.
 
     Args:
         pipeline: the teacher; its settings say where the student starts.
+        table: what the samples are asked for, in turn.
         folder: of the pictures, `000500.png` after 500 updates.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: Path) -> None:
+    def __init__(self, pipeline: Pipeline, table: ConditionTable, folder: Path) -> None:
         self._pipeline = pipeline
+        self._table = table
         self._folder = folder
         self._real = _reference(pipeline)
 
@@ -48,9 +50,8 @@ class Watch:
         config = self._pipeline.config
         pipeline = self._pipeline.with_student(student, config.start_blocks, config.split_block)
         num = _PICTURED if self._real is None else _MEASURED
-        condition = Labels.balanced(num, pipeline.num_classes)
-        key_N = image_keys("sampling", 0, range(num))
-        image_NCHW = torch.cat(list(pipeline.images(pipeline.plan(1), condition, key_N)))
+        asked, key_N = Asked.in_turn(self._table, num), image_keys("sampling", 0, range(num))
+        image_NCHW = torch.cat(list(pipeline.images(pipeline.plan(1), asked, key_N)))
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             grid(image_NCHW[:_PICTURED], columns=10).save(self._folder / f"{update:06d}.png")
