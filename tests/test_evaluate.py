@@ -247,30 +247,32 @@ class TextPipeline(StubPipeline):
         return super().codes(plan, Labels(condition.feature_BTF[:, 0, 0].long(), CLASSES), key_B)
 
 
-@pytest.fixture(scope="module")
-def table():
+def captions():
+    """Of prompts 0, 1 and 2, whose features are their numbers."""
     feature_BTF = torch.arange(3.0)[:, None, None].expand(3, 2, 4)
-    captions = Captions(feature_BTF, torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, dtype=torch.bool))
-    return CaptionTable(captions, ["name 7", "something unheard of", "name 90, flat"], {"prompts": "abc"})
+    return Captions(feature_BTF, torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, dtype=torch.bool))
+
+
+TABLE = CaptionTable(captions(), ["name 7", "something unheard of", "name 90, flat"], {"prompts": "abc"})
 
 
 @pytest.fixture(scope="module")
-def judge(table):
+def judge():
     torch.manual_seed(0)
     names = tuple(f"name {number}" for number in range(100))
     retriever = Retriever(RetrieverConfig(names, image_channels=1, widths=(4,), embedding=8)).eval()
-    return Judge(retriever, retriever.numbers(table.prompts), real=0.5)
+    return Judge(retriever, retriever.numbers(TABLE.prompts), real=0.5)
 
 
 TEXT = EvaluationSettings(("teacher", "1", "onestep"), num=40, seeds=(0, 1), keep=40)
 
 
 @pytest.fixture(scope="module")
-def by_prompt(extractor, reference, table, judge, tmp_path_factory):
+def by_prompt(extractor, reference, judge, tmp_path_factory):
     """A function that evaluates the model of captions, each time into the same folder."""
     blind, folder = dataclasses.replace(extractor, num_classes=None), tmp_path_factory.mktemp("text")
 
-    def again(table=table, judge=judge):
+    def again(table=TABLE, judge=judge):
         return evaluate(TextPipeline(), table, blind, TEXT, reference, folder, judge=judge), folder
 
     return again
@@ -285,9 +287,9 @@ def test_a_model_of_captions_is_measured_as_its_like_of_classes_is(extractor, re
         assert one.likeness == other.likeness and one.quality.accuracy is None
 
 
-def test_the_summary_says_what_a_model_of_captions_was_asked(extractor, reference, table, judge, by_prompt):
-    values = summary(by_prompt()[0], TEXT, TextPipeline(), table, "text", extractor, reference, judge)
-    assert values["asked"] == {"kind": "prompt", "count": 3, "first": table.prompts}
+def test_the_summary_says_what_a_model_of_captions_was_asked(extractor, reference, judge, by_prompt):
+    values = summary(by_prompt()[0], TEXT, TextPipeline(), TABLE, "text", extractor, reference, judge)
+    assert values["asked"] == {"kind": "prompt", "count": 3, "first": TABLE.prompts}
     assert values["reference"]["alignment"] == 0.5 and values["methods"]["1"]["alignment"]
 
 
@@ -300,10 +302,10 @@ def test_alignment_of_a_run_is_that_of_all_its_images_whose_names_are_known(judg
         assert one.quality.alignment == alignment(judge.retriever, [image_NCHW], name_N)
 
 
-def test_other_prompts_and_another_retriever_are_another_evaluation(table, by_prompt):
+def test_other_prompts_and_another_retriever_are_another_evaluation(by_prompt):
     by_prompt()
     with pytest.raises(ValueError, match='its asked.prompts is "abc", not "def"; choose another --out'):
-        by_prompt(table=dataclasses.replace(table, identity={"prompts": "def"}))
+        by_prompt(table=dataclasses.replace(TABLE, identity={"prompts": "def"}))
     with pytest.raises(ValueError, match="its retriever is"):
         by_prompt(judge=None)
 

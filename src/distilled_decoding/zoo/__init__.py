@@ -19,7 +19,6 @@ from distilled_decoding.metrics.features import (
 from distilled_decoding.metrics.pictures import Pictures
 from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.presets import PRESETS
-from distilled_decoding.text import clean
 
 FOLDER = Path(__file__).parent
 _BATCH = 50
@@ -70,7 +69,7 @@ def judge(prompts: Sequence[str], image_shape: tuple[int, ...], device: torch.de
     """What says whether pictures show the emoji that they were asked for by name, beside the real ones of these names.
 
     Args:
-        prompts: what pictures are asked for.
+        prompts: what pictures are asked for, as a table of prompts holds them.
         image_shape: of the pictures.
         device: to compute on.
 
@@ -78,12 +77,11 @@ def judge(prompts: Sequence[str], image_shape: tuple[int, ...], device: torch.de
         None when no prompt names an emoji, or when the pictures are not of the emoji's shape.
     """
     real, retriever = emoji(), load_retriever(FOLDER / "emoji-features" / "names").to(device)
-    asked = [clean(prompt) for prompt in prompts]
-    name_N = retriever.numbers(asked)
+    name_N = retriever.numbers(prompts)
     if image_shape != real.image_NCHW.shape[1:] or not (name_N >= 0).any():
         return None
-    shown = set(asked).intersection(real.prompts)
-    shown_N = retriever.numbers([prompt if prompt in shown else "" for prompt in real.prompts])
+    asked = set(prompts)
+    shown_N = retriever.numbers([prompt if prompt in asked else "" for prompt in real.prompts])
     return Judge(retriever, name_N, alignment(retriever, real.image_NCHW.split(_BATCH), shown_N))
 
 
