@@ -37,6 +37,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    tiny.text_encoder().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Run a command in this process: its exit code, standard output and standard error."""
@@ -145,6 +152,44 @@ def test_verify_checks_a_model(run, model: Path, tmp_path: Path) -> None:
     assert code == 1 and str(weights) in text
 
 
+def test_prompts_are_encoded_into_a_folder_that_verify_knows(run, encoder: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.csv", tmp_path / "p"
+    file.write_text("name,id\nred apple,1\n,2\na prompt of many words,3\n")
+    words = ["encode-prompts", file, "--column", "name", "--encoder", encoder, "--max-tokens", 12, "--out", out]
+    code, text, error = run(*words, "--json")
+    values = json.loads(text)
+    assert code == 0 and (values["prompts"], values["empty"], values["max_tokens"], values["width"]) == (3, 1, 12, 8)
+    warned = 'warning: prompt 2 is longer than 12 tokens and is cut after "…a prompt of"'
+    assert [line for line in error.splitlines() if "warning" in line] == [warned]
+    assert json.loads(run("verify", out, "--json")[1]) == {"kind": "prompts", "problems": []}
+    code, _, error = run(*words[:-3], 13, "--out", out)
+    assert code == 2 and "another run: its encoder.max_tokens is 12, not 13; choose another --out" in error
+    (out / "features-00000.safetensors").unlink()
+    assert run("verify", out)[0] == 1
+
+
+def test_an_encoder_that_is_not_there_gets_one_sentence(
+    run, model: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = tmp_path / "prompts.txt"
+    file.write_text("red\n")
+    for words, sentence in (
+        (
+            ["--encoder", "google/flan-t5-xl", "--max-tokens", 120],
+            "no text encoder 'google/flan-t5-xl': no such folder",
+        ),
+        (["--encoder", tmp_path, "--max-tokens", 120], "holds no text encoder"),
+        (["--model", model], "reads classes and has no text encoder"),
+        (["--model", model, "--max-tokens", 12], "give --model MODEL, or --encoder NAME with --max-tokens N"),
+        (["--encoder", encoder], "give --model MODEL, or --encoder NAME with --max-tokens N"),
+        (["--encoder", encoder, "--max-tokens", 1], "max_tokens must be at least 2"),
+    ):
+        code, out, error = run("encode-prompts", file, "--out", tmp_path / "p", *words)
+        assert code == 2 and out == "" and sentence in error and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
 def mistakes() -> list[tuple[list, str]]:
     return [
         (["sample", "fashion-lamagen", "--grid", "g.png"], "unknown model 'fashion-lamagen'"),
@@ -188,6 +233,9 @@ def mistakes() -> list[tuple[list, str]]:
         (["report", "nowhere"], "nowhere holds no results of `evaluate`"),
         (["verify", "nowhere"], "nowhere holds neither trajectories"),
         (["info", "."], "no model_index.json"),
+        (["encode-prompts", "nowhere.txt", "--out", "p"], "nowhere.txt: there is no such file of prompts"),
+        (["encode-prompts", "latin.txt", "--out", "p"], "latin.txt is not UTF-8 in line 2"),
+        (["encode-prompts", "file", "--out", "p"], "file is no file of prompts"),
     ]
 
 
@@ -198,13 +246,14 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "short.npz").write_bytes(b"PK\x03\x04 cut off")
+    (tmp_path / "latin.txt").write_bytes(b"red\ngr\xfcn\n")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "manifest.json").write_text('{"files": []}')
     code, out, error = run(*[{"MODEL": model, "T": made}.get(word, word) for word in words])
     assert code == 2
     assert sentence in error and "Traceback" not in error and out == ""
     assert len([line for line in error.splitlines() if line.strip().startswith("error")]) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "foreign", "short.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "foreign", "latin.txt", "short.npz"]
 
 
 def test_a_folder_of_another_run_is_refused(run, model: Path, tmp_path: Path) -> None:
@@ -350,8 +399,9 @@ def test_damaged_weights_get_one_sentence_and_no_image(run, tmp_path: Path) -> N
 
 
 def test_every_field_of_json_is_documented(
-    run, model: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run, model: Path, made: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "prompts.txt").write_text("red\n")
     extractor, reference = tiny.extractor()
     monkeypatch.setattr(zoo, "extractor", lambda *_: extractor)
     monkeypatch.setattr(zoo, "reference", lambda: reference)
@@ -367,6 +417,7 @@ def test_every_field_of_json_is_documented(
         "bench": [model, "--batches", 1, "--repeats", 1, "--out", tmp_path / "b"],
         "report": [tmp_path / "e", tmp_path / "b", "--out", tmp_path / "r"],
         "convert": [*VAR, "--out", tmp_path / "c"],
+        "encode-prompts": [tmp_path / "prompts.txt", "--encoder", encoder, "--max-tokens", 4, "--out", tmp_path / "p"],
         "verify": [made],
         "verify --repair": [model, made],
         "trajectories --plan": [model, "--num", 8],
@@ -387,7 +438,7 @@ def test_every_field_of_json_is_documented(
     documented["bench"] |= place
     for name in words:
         assert printed[name] == documented[name], name
-    for folder in "s", "t", "d", "e", "b", "r", "demo":
+    for folder in "s", "t", "d", "e", "b", "r", "p", "demo":
         record = json.loads((tmp_path / folder / "run.json").read_text())
         assert fields({**record, "settings": 0, "notes": 0}) == documented["run.json"]
 

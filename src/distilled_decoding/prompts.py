@@ -260,14 +260,14 @@ def _csv_column(path: Path, column: str | None) -> list[str]:
 
 def _parquet_column(path: Path, column: str | None) -> list[str]:
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
     try:
         file = parquet.ParquetFile(path)
         name = _checked(path, column, file.schema_arrow.names)
         values = file.read([name])[name].to_pylist()
-    except (OSError, KeyError) as error:
+    except (OSError, ArrowException) as error:
         raise ValueError(f"{path} cannot be read as Parquet ({error})") from error
     wrong = [value for value in values if not isinstance(value, str | None)]
     if wrong:
