@@ -13,7 +13,7 @@ from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.condition import Condition, Labels
 from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import Guidance
+from distilled_decoding.teacher import Guidance, stand_ins
 from examples import pixel_teacher
 from tests import tiny
 
@@ -50,12 +50,18 @@ def test_a_good_teacher_passes(models) -> None:
 def test_a_teacher_is_checked_with_two_conditions(models) -> None:
     teacher, _ = models
     with pytest.raises(ValueError, match="condition must be 2 different ones, got 3"):
-        check_teacher(teacher, Labels.balanced(3, teacher.num_classes))
+        check_teacher(teacher, stand_ins(teacher, 3))
 
 
 def test_a_good_student_passes(models) -> None:
     teacher, student = models
     check_student(student, teacher)
+
+
+def test_good_models_of_captions_pass() -> None:
+    pipe = tiny.pipeline(family="text")
+    check_teacher(pipe.teacher)
+    check_student(pipe.student, pipe.teacher)
 
 
 def test_the_models_are_left_as_they_were(models) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distilled_decoding.condition import Captions, Labels
+from distilled_decoding.condition import Asked, Captions, Classes, Labels
 
 
 def captions(num: int) -> Captions:
@@ -97,3 +97,16 @@ def test_captions_of_other_shapes_or_types_are_refused():
         Captions(feature_BTF, mask_BT[:, 1:], null_B)
     with pytest.raises(ValueError, match=r"null must be bool \[2\] .* got torch.bool \[1\]"):
         Captions(feature_BTF, mask_BT, null_B[1:])
+
+
+def test_a_table_of_classes_gives_labels_by_number() -> None:
+    table = Classes(3)
+    assert (len(table), table.identity) == (3, {"num_classes": 3})
+    found = table[torch.tensor([2, 0])]
+    assert (found.label_B.tolist(), found.num_classes) == ([2, 0], 3)
+
+
+def test_a_run_asks_its_table_in_turn_a_part_at_a_time() -> None:
+    asked = Asked.in_turn(Classes(3), 7)
+    assert len(asked) == 7 and asked[:].label_B.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert asked[torch.tensor([5, 6])].label_B.tolist() == [2, 0]

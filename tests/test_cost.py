@@ -4,6 +4,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distilled_decoding import describe
-from distilled_decoding.condition import Classes
+from distilled_decoding import commands, describe, training_command
 from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.distill import DistillSettings, distill
 from distilled_decoding.flow import FlowSettings
@@ -62,14 +62,19 @@ def data_bytes(folder: Path) -> int:
 
 
 def make(folder: Path, teacher: torch.nn.Module, settings: TrajectorySettings, num: int) -> TrajectoryStore:
-    table = Classes(teacher.num_classes)
+    table = tiny.table(teacher)
     store = TrajectoryStore.create(folder, settings.manifest(teacher, "hash", table.identity), num)
     generate(teacher, table, store, settings, lambda items: None)
     return store
 
 
-@FAMILIES
-@pytest.mark.parametrize("sampling", [tiny.SAMPLING, TeacherSampling(top_k=2), TeacherSampling()])
+@pytest.mark.parametrize(
+    ("family", "sampling"),
+    [
+        *product(["llamagen", "var"], [tiny.SAMPLING, TeacherSampling(top_k=2), TeacherSampling()]),
+        ("text", tiny.SAMPLING),
+    ],
+)
 def test_operations_of_trajectories_are_exact(tmp_path: Path, family: str, sampling: TeacherSampling) -> None:
     """Also where only the ends of a run of equal blocks are looked at, and where codes are gathered."""
     teacher, settings = tiny.pipeline(family=family).teacher, replace(tiny.trajectory_settings(), sampling=sampling)
@@ -145,7 +150,10 @@ def test_planning_leaves_the_models_alone() -> None:
 
 @pytest.mark.parametrize(
     ("name", "teacher_size", "student_size"),
-    [("llamagen-b", 110_888_448 + 71_883_403, 98_321_672), ("var-d16", 310_283_520 + 108_948_355, 328_165_664)],
+    [
+        ("llamagen-b", 110_888_448 + 71_883_403, 98_321_672),
+        ("var-d16", 310_283_520 + 108_948_355, 328_165_664),
+    ],
 )
 def test_published_models_are_planned_without_their_weights(name: str, teacher_size: int, student_size: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -172,3 +180,14 @@ def test_readable_units() -> None:
     cost = Cost(flops=2 * 10**12, seconds=1800, memory_bytes=3 * 2**30, fixed_bytes=2**30, disk_bytes=2**29)
     values = {"memory_gib": 3.0, "fixed_gib": 1.0, "disk_gib": 0.5, "hours": 0.5, "teraflop": 2.0}
     assert cost.readable() == values
+
+
+@pytest.mark.slow
+def test_the_published_model_of_captions_is_planned_at_its_full_size() -> None:
+    text = describe.skeleton("llamagen-t2i-stage1")
+    made = commands.plan_trajectories(text, None, commands.trajectory_settings(text, 0, None, None), "cpu")
+    assert made["trajectories"] == text.config.num_trajectories
+    # Transformer, tokenizer and the embedding of no caption.
+    assert made["fixed_gib"] == pytest.approx(4 * (777_678_080 + 71_883_403 + 120 * 2048) / 2**30, rel=0.01)
+    trained = training_command.plan_distillation(text, None, text.config.training, None, "none", "cpu")
+    assert trained["fixed_gib"] == pytest.approx(made["fixed_gib"] + 5 * 4 * 756.7e6 / 2**30, rel=0.01)

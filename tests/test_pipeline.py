@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distilled_decoding import commands, describe, training_command
 from distilled_decoding.checkpoint import save_component
 from distilled_decoding.condition import Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent
@@ -299,19 +298,6 @@ def written(folder: Path, **fields: object) -> Path:
 def test_an_index_that_names_other_classes_is_refused(fields: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Pipeline.from_pretrained(written(tmp_path, **fields))
-
-
-def test_a_model_of_captions_says_so() -> None:
-    text = describe.skeleton("llamagen-t2i-stage1")
-    with pytest.raises(ValueError, match="this model reads captions"):
-        text([0])
-    run = commands.SampleRun("text", (), 2, None, None, None, "causal", 0)
-    with pytest.raises(ValueError, match="this model reads captions"):
-        commands.sample_images(run, text, None, Path("x.png"), None)
-    with pytest.raises(ValueError, match="this model reads captions"):
-        commands.plan_trajectories(text, None, tiny.trajectory_settings(), "cpu")
-    with pytest.raises(ValueError, match="this model reads captions"):
-        training_command.plan_distillation(text, None, text.config.training, None, "none", "cpu")
 
 
 def test_the_name_of_a_published_model_asks_for_its_files() -> None:

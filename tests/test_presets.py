@@ -11,6 +11,7 @@ import torch
 
 from distilled_decoding.families import family
 from distilled_decoding.families.published import IGNORED, Published, load_published
+from distilled_decoding.index import match_student
 from distilled_decoding.presets import FILES, PRESETS, preset
 
 LISTS = {path.name.removesuffix(".keys.json"): path for path in Path(__file__).with_name("published").glob("*.json")}
@@ -73,8 +74,10 @@ def test_a_preset_is_a_pipeline_that_its_teacher_allows(name: str) -> None:
     maker = family(own.config.family)
     with torch.device("meta"):
         modules = {file.component: maker.kinds(file.component)[0](file.config) for file in own.files}
+        student = maker.kinds("student")[0](own.student)
     modules.pop("student", None)
     teacher = maker.teacher(**modules)
+    match_student(student, teacher, name)
     replace(own.config.training, start_blocks=own.config.start_blocks).check(teacher.order, own.config.split_block)
     assert len(own.config.class_names) == teacher.num_classes
     assert own.config.preset == name

@@ -1,11 +1,11 @@
-"""Whole pipelines of toy size with random weights, one a family: 16 codes, three classes, images of 8 px."""
+"""Whole pipelines of toy size with random weights: 16 codes, three classes or captions of 12 tokens, images of 8 px."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from distilled_decoding.condition import Classes
+from distilled_decoding.condition import Classes, ConditionTable
 from distilled_decoding.families import family as family_of
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
@@ -17,8 +17,9 @@ from distilled_decoding.flow import FlowSettings
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig, Extractor, classifier_extractor
 from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
+from distilled_decoding.prompts import CaptionTable
 from distilled_decoding.store import Shard, TrajectoryStore
-from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.teacher import Teacher, TeacherSampling, stand_ins
 from distilled_decoding.text import TextEncoder
 from distilled_decoding.trajectories import TrajectorySettings, generate
 
@@ -27,8 +28,8 @@ FLOW = FlowSettings(num_steps=8)
 CLASSES = Classes(3)
 
 
-def teacher() -> LlamaGenTeacher:
-    """Sixteen blocks of one token."""
+def teacher(**reads: int) -> LlamaGenTeacher:
+    """Sixteen blocks of one token; it reads classes where nothing else is said."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = VQTokenizer(
@@ -43,8 +44,8 @@ def teacher() -> LlamaGenTeacher:
                 code_dim=4,
             )
         )
-        sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 16, "num_tokens": 16, "num_classes": 3}
-        transformer = Transformer(TransformerConfig(**sizes))
+        sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 16, "num_tokens": 16}
+        transformer = Transformer(TransformerConfig(**sizes, **(reads or {"num_classes": 3})))
         # The fresh head predicts zeros, and a flat teacher would hide mistakes.
         torch.nn.init.normal_(transformer.output.weight, std=0.5)
     return LlamaGenTeacher(tokenizer, transformer).eval().requires_grad_(False)
@@ -73,11 +74,18 @@ def var_teacher() -> VARTeacher:
     return VARTeacher(tokenizer, transformer).eval().requires_grad_(False)
 
 
+def text_teacher() -> LlamaGenTeacher:
+    """Sixteen blocks of one token, from the captions of `text_encoder`."""
+    return teacher(num_classes=0, caption_tokens=12, caption_dim=8)
+
+
 def pipeline(student: bool = True, family: str = "llamagen") -> Pipeline:
-    model = {"llamagen": teacher, "var": var_teacher}[family]()
+    """Of a family, or, as the family `text`, LlamaGen's from captions, without an encoder."""
+    model = {"llamagen": teacher, "var": var_teacher, "text": text_teacher}[family]()
+    family = "llamagen" if family == "text" else family
     config = PipelineConfig(
         family=family,
-        class_names=("a", "b", "c"),
+        class_names=("a", "b", "c")[: model.num_classes],
         sampling=SAMPLING,
         flow=FLOW,
         start_blocks=(0, 4, 8, 12) if family == "llamagen" else (0, 1, 2, 3),
@@ -88,14 +96,31 @@ def pipeline(student: bool = True, family: str = "llamagen") -> Pipeline:
     return Pipeline(model, untrained if student else None, config)
 
 
+def text_pipeline(student: bool = True) -> Pipeline:
+    """From prompts: it has an encoder, and three prompts of its own."""
+    bare = pipeline(student, "text")
+    return Pipeline(bare.teacher, bare.student, bare.config, text_encoder(), ["red apple", "", "grinning face"])
+
+
+def table(teacher: Teacher) -> ConditionTable:
+    """The classes, or three captions, one of them without padding and one null."""
+    if teacher.num_classes:
+        return Classes(teacher.num_classes)
+    captions = stand_ins(teacher, 3)
+    mask_BT = torch.arange(12) >= torch.tensor([[0], [11], [5]])
+    captions = replace(captions, mask_BT=mask_BT, null_B=torch.tensor([False, True, False]))
+    return CaptionTable(captions, ["a", "", "c"], {"prompts": "a, none, c"})
+
+
 def trajectory_settings(run_seed: int = 0) -> TrajectorySettings:
     return TrajectorySettings(SAMPLING, FLOW, run_seed, micro_batch=8, shard_size=16)
 
 
 def store(folder: Path, pipe: Pipeline, num: int = 32) -> TrajectoryStore:
     settings = trajectory_settings()
-    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint, CLASSES.identity), num)
-    generate(pipe.teacher, CLASSES, made, settings, lambda items: None)
+    asked = table(pipe.teacher)
+    made = TrajectoryStore.create(folder, settings.manifest(pipe.teacher, pipe.fingerprint, asked.identity), num)
+    generate(pipe.teacher, asked, made, settings, lambda items: None)
     return made
 
 
