@@ -230,9 +230,10 @@ def summary(
     order, real = pipeline.teacher.order, reference.statistics
     of = {name: [run for run in runs if run.method == name] for name in settings.methods}
     prompts = table.prompts if isinstance(table, CaptionTable | EncodedPrompts) else []
+    first = [prompts[number % len(prompts)] for number in range(min(settings.keep, settings.num) if prompts else 0)]
     return {
         "model": model,
-        "asked": {"kind": "prompt" if prompts else "label", "count": len(table), "first": prompts[: settings.keep]},
+        "asked": {"kind": "prompt" if prompts else "label", "count": len(table), "first": first},
         "blocks": list(order.sizes),
         "num": settings.num,
         "seeds": list(settings.seeds),
