@@ -295,7 +295,7 @@ def _samples(one: _Evaluated, out: Path) -> list[str]:
     )
     text += f"top: {', '.join(rows)}."
     if asked["first"]:
-        text += f" Prompts from the left: {'; '.join(asked['first'][:_COLUMNS])}."
+        text += f" Prompts from the left: {'; '.join(prompt or '(none)' for prompt in asked['first'][:_COLUMNS])}."
     return [f"### Samples of {one.title}", f"![samples of {one.title}, a row for each method]({picture})", text]
 
 
