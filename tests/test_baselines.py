@@ -19,7 +19,7 @@ def samples(num=600):
     p_NV = F.one_hot(label_N, VOCAB) * 0.5 + F.one_hot(label_N + 3, VOCAB) * 0.3 + F.one_hot(label_N * 0, VOCAB) * 0.2
     token_NL = torch.multinomial(p_NV, LENGTH, True, generator=torch.Generator().manual_seed(0))
     token_NL[:, 1] = token_NL[:, 0]
-    return token_NL, label_N
+    return token_NL, Labels(label_N, CLASSES)
 
 
 def tokens(baseline, num, label=None, seed=0):
@@ -30,26 +30,27 @@ def tokens(baseline, num, label=None, seed=0):
 
 @pytest.mark.parametrize("label", range(CLASSES))
 def test_onestep_recovers_the_frequencies_of_its_class(label):
-    token_NL, label_N = samples()
-    own_NL = token_NL[label_N == label]
+    token_NL, asked = samples()
+    own_NL = token_NL[asked.label_B == label]
     frequency_LV = F.one_hot(own_NL, VOCAB).double().mean(0)
-    found_LV = F.one_hot(tokens(OneStep(PIPE, token_NL, label_N), 10_000, label), VOCAB).double().mean(0)
+    found_LV = F.one_hot(tokens(OneStep(PIPE, token_NL, asked), 10_000, label), VOCAB).double().mean(0)
     assert (found_LV - frequency_LV).abs().max() < 0.02
     assert found_LV[frequency_LV == 0].sum() == 0
 
 
 def test_positions_of_onestep_are_independent_though_the_samples_are_not():
-    token_NL, label_N = samples()
-    frequency_V = F.one_hot(token_NL[label_N == 0, 0], VOCAB).double().mean(0)
-    token_BL = tokens(OneStep(PIPE, token_NL, label_N), 10_000, 0)
+    token_NL, asked = samples()
+    frequency_V = F.one_hot(token_NL[asked.label_B == 0, 0], VOCAB).double().mean(0)
+    token_BL = tokens(OneStep(PIPE, token_NL, asked), 10_000, 0)
     joint = torch.bincount(token_BL[:, 0] * VOCAB + token_BL[:, 1], minlength=VOCAB**2).view(VOCAB, VOCAB)
     assert (joint / len(token_BL) - torch.outer(frequency_V, frequency_V)).abs().max() < 0.02
 
 
 def test_a_class_without_samples_is_refused():
-    token_NL, label_N = samples()
-    with pytest.raises(ValueError, match="no sample of the teacher has label 2"):
-        OneStep(PIPE, token_NL[label_N != 2], label_N[label_N != 2])
+    token_NL, asked = samples()
+    others_N = asked.label_B != 2
+    with pytest.raises(ValueError, match="no sample of the teacher has number 2"):
+        OneStep(PIPE, token_NL[others_N], asked[others_N])
 
 
 @pytest.mark.parametrize("baseline", [OneStep(PIPE, *samples()), Skip(PIPE, 5)], ids=["onestep", "skip"])

@@ -8,7 +8,7 @@ from torch import nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.checkpoint import fingerprint
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Captions, Classes, Labels
 from distilled_decoding.evaluate import (
     EvaluationSettings,
     Likeness,
@@ -22,12 +22,14 @@ from distilled_decoding.evaluate import (
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import to_uint8
 from distilled_decoding.index import PipelineConfig
+from distilled_decoding.metrics.alignment import Judge, Retriever, RetrieverConfig, alignment
 from distilled_decoding.metrics.features import Classifier, ClassifierConfig, classifier_extractor
 from distilled_decoding.metrics.frechet import Statistics, frechet_distance
 from distilled_decoding.metrics.kernel_distance import kernel_distance
 from distilled_decoding.metrics.precision_recall import precision_recall
 from distilled_decoding.metrics.reference import make_reference
 from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.prompts import CaptionTable
 from distilled_decoding.sampling import Plan
 from distilled_decoding.teacher import TeacherSampling
 from tests import tiny
@@ -100,7 +102,7 @@ def reference(extractor):
 
 
 def run(pipeline, extractor, reference, out, settings=QUICK, progress=lambda num: None):
-    return evaluate(pipeline, extractor, settings, reference, out, progress)
+    return evaluate(pipeline, Classes(pipeline.num_classes), extractor, settings, reference, out, progress)
 
 
 def of(runs, method):
@@ -111,16 +113,17 @@ def test_every_method_of_a_real_pipeline_is_measured(extractor, reference, tmp_p
     pipeline = tiny.pipeline()
     methods = ("teacher", "teacher-ancestral", "1", "2", "4", "onestep", "skip:3", "span:2:4")
     settings = EvaluationSettings(methods, num=20, seeds=(0, 1), keep=3)
-    runs = evaluate(pipeline, extractor, settings, reference, tmp_path / "out")
+    runs = run(pipeline, extractor, reference, tmp_path / "out", settings)
     assert [(one.method, one.seed) for one in runs] == [(m, s) for m in methods for s in (0, 1)]
     assert [one.passes for one in runs[::2]] == [16, 16, 1, 2, 4, 1, 13, 4]
     for one in runs:
         assert one.quality.frechet_distance > 0 and one.likeness.distance_to_teacher > 0
         assert one.quality.seconds_per_image > 0 and one.quality.inception_score >= 1
-        assert len(one.likeness.agreement_S) == 16
+        assert len(one.likeness.agreement_S) == 16 and one.quality.alignment is None
         assert kept_images(tmp_path / "out", one.method, one.seed).shape == (3, 1, SIZE, SIZE)
-    values = summary(runs, settings, pipeline, "tiny", extractor, reference)
+    values = summary(runs, settings, pipeline, pipeline.table(), "tiny", extractor, reference)
     assert json.loads(json.dumps(values)) == values
+    assert values["asked"] == {"kind": "label", "count": 3, "first": []}
     assert values["blocks"] == [1] * 16 and list(values["methods"]) == list(methods)
     assert values["methods"]["teacher"]["agreement"]["tokens"]["mean"] == 1 > values["chance"]["tokens"]["mean"]
 
@@ -164,7 +167,9 @@ def test_agreement_falls_in_the_block_that_the_student_gets_wrong(extractor, ref
         assert one.likeness.agreement_S[0] == 1 and one.likeness.agreement_S[1] < 0.1
     pipeline, settings = StubPipeline(bias=1.0), QUICK
     runs = run(pipeline, extractor, reference, tmp_path)
-    tokens = summary(runs, settings, pipeline, "stub", extractor, reference)["methods"]["1"]["agreement"]["tokens"]
+    tokens = summary(runs, settings, pipeline, Classes(CLASSES), "stub", extractor, reference)["methods"]["1"][
+        "agreement"
+    ]["tokens"]
     assert 0.25 <= tokens["mean"] < 0.25 + 0.75 * 0.1
 
 
@@ -228,8 +233,81 @@ def test_without_a_teacher_or_a_second_seed_there_is_no_distance_to_it(extractor
     no_teacher = dataclasses.replace(QUICK, methods=("1",))
     runs = run(StubPipeline(), extractor, reference, tmp_path, no_teacher)
     assert all(one.likeness == Likeness(None, None, None, None) for one in runs)
-    values = summary(runs, no_teacher, StubPipeline(), "stub", extractor, reference)
+    values = summary(runs, no_teacher, StubPipeline(), Classes(CLASSES), "stub", extractor, reference)
     assert values["chance"] is None and values["methods"]["1"]["agreement"] is None
+
+
+class TextPipeline(StubPipeline):
+    """The same of captions, whose first feature is the number of the prompt."""
+
+    num_classes = 0
+
+    def codes(self, plan, condition, key_B):
+        assert not condition.null_B.any() and len(condition) <= MICRO_BATCH
+        return super().codes(plan, Labels(condition.feature_BTF[:, 0, 0].long(), CLASSES), key_B)
+
+
+def captions():
+    """Of prompts 0, 1 and 2, whose features are their numbers."""
+    feature_BTF = torch.arange(3.0)[:, None, None].expand(3, 2, 4)
+    return Captions(feature_BTF, torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, dtype=torch.bool))
+
+
+TABLE = CaptionTable(captions(), ["name 7", "something unheard of", "name 90, flat"], {"prompts": "abc"})
+
+
+@pytest.fixture(scope="module")
+def judge():
+    torch.manual_seed(0)
+    names = tuple(f"name {number}" for number in range(100))
+    retriever = Retriever(RetrieverConfig(names, image_channels=1, widths=(4,), embedding=8)).eval()
+    return Judge(retriever, retriever.numbers(TABLE.prompts), real=0.5)
+
+
+TEXT = EvaluationSettings(("teacher", "1", "onestep"), num=40, seeds=(0, 1), keep=40)
+
+
+@pytest.fixture(scope="module")
+def by_prompt(extractor, reference, judge, tmp_path_factory):
+    """A function that evaluates the model of captions, each time into the same folder."""
+    blind, folder = dataclasses.replace(extractor, num_classes=None), tmp_path_factory.mktemp("text")
+
+    def again(table=TABLE, judge=judge):
+        return evaluate(TextPipeline(), table, blind, TEXT, reference, folder, judge=judge), folder
+
+    return again
+
+
+def test_a_model_of_captions_is_measured_as_its_like_of_classes_is(extractor, reference, by_prompt, tmp_path):
+    """The same images are asked for, once by caption and once by label, so everything but names must agree."""
+    by_label = run(StubPipeline(), dataclasses.replace(extractor, num_classes=None), reference, tmp_path, TEXT)
+    for one, other in zip(by_prompt()[0], by_label, strict=True):
+        expected = dataclasses.replace(other.quality, seconds_per_image=one.quality.seconds_per_image)
+        assert dataclasses.replace(one.quality, alignment=None) == expected
+        assert one.likeness == other.likeness and one.quality.accuracy is None
+
+
+def test_the_summary_says_what_a_model_of_captions_was_asked(extractor, reference, judge, by_prompt):
+    values = summary(by_prompt()[0], TEXT, TextPipeline(), TABLE, "text", extractor, reference, judge)
+    assert values["asked"] == {"kind": "prompt", "count": 3, "first": [*TABLE.prompts * 13, TABLE.prompts[0]]}
+    assert values["reference"]["alignment"] == 0.5 and values["methods"]["1"]["alignment"]
+
+
+def test_alignment_of_a_run_is_that_of_all_its_images_whose_names_are_known(judge, by_prompt):
+    runs, folder = by_prompt()
+    name_N = judge.name_N.repeat(14)[: TEXT.num]
+    assert (name_N >= 0).sum() == 27
+    for one in runs:
+        image_NCHW = kept_images(folder, one.method, one.seed)
+        assert one.quality.alignment == alignment(judge.retriever, [image_NCHW], name_N)
+
+
+def test_other_prompts_and_another_retriever_are_another_evaluation(by_prompt):
+    by_prompt()
+    with pytest.raises(ValueError, match='its asked.prompts is "abc", not "def"; choose another --out'):
+        by_prompt(table=dataclasses.replace(TABLE, identity={"prompts": "def"}))
+    with pytest.raises(ValueError, match="its retriever is"):
+        by_prompt(judge=None)
 
 
 def test_few_samples_or_few_real_images_are_warned_of(extractor, reference, tmp_path):
@@ -262,6 +340,8 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(extractor
             run(StubPipeline(), extractor, foreign, tmp_path)
     with pytest.raises(ValueError, match="classes"):
         run(StubPipeline(), dataclasses.replace(extractor, num_classes=10), reference, tmp_path)
+    with pytest.raises(ValueError, match="classifier of 3 classes, the model reads captions; choose other features"):
+        run(TextPipeline(), extractor, reference, tmp_path)
     with pytest.raises(ValueError, match="needs at least 4"):
         few = dataclasses.replace(reference, statistics=dataclasses.replace(real, count=3))
         run(StubPipeline(), extractor, few, tmp_path)
@@ -288,13 +368,13 @@ def test_settings_are_checked(fields, message):
 
 def test_a_summary_gives_mean_and_spread_and_never_the_best(extractor, reference):
     def one(method, seed, distance, ratio):
-        quality = Quality(distance, None, 5.0, None, None, 0.925, 0.0123)
+        quality = Quality(distance, None, 5.0, None, None, 0.925, None, 0.0123)
         place = {"machine": {"cores": 2, "gpu": None}, "commit": "abc" if seed else "def"}
         return Run(method, seed, 1, place, quality, Likeness(ratio, 2.0, (0.5, 0.1), None))
 
     runs = [one("teacher", 0, 4.0, 1.0), one("teacher", 1, 5.0, 1.0), one("1", 0, 6.0, 1.5), one("1", 1, 8.0, 1.6)]
     settings = EvaluationSettings(("teacher", "1"), num=10_000, seeds=(0, 1))
-    values = summary(runs, settings, StubPipeline(), "stub", extractor, reference)
+    values = summary(runs, settings, StubPipeline(), Classes(CLASSES), "stub", extractor, reference)
     assert values["commit"] == "several" and values["machine"] == {"cores": 2, "gpu": None}
     measured = values["methods"]["1"]
     assert measured["frechet_distance"] == {"mean": 7.0, "spread": pytest.approx(2**0.5), "per_seed": [6.0, 8.0]}

@@ -7,7 +7,7 @@ PIPE = tiny.pipeline()
 
 
 def named(name):
-    return method(PIPE, name, lambda: pytest.fail("asked for samples too early"))
+    return method(PIPE, PIPE.table(), name, lambda: pytest.fail("asked for samples too early"))
 
 
 @pytest.mark.parametrize(

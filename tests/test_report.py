@@ -34,7 +34,7 @@ def moments(*values: float) -> dict[str, Any]:
 
 def method(passes: int, *distances: float, **measured: Any) -> dict[str, Any]:
     fields = ["ratio_to_teacher", "distance_to_teacher", "kernel_distance", "inception_score", "precision", "recall"]
-    nothing = dict.fromkeys([*fields, "accuracy", "agreement"])
+    nothing = dict.fromkeys([*fields, "accuracy", "alignment", "agreement"])
     known = {"frechet_distance": moments(*distances), "seconds_per_image": moments(0.01 * passes)}
     return {"passes": passes, **nothing, **known, **measured}
 
@@ -50,6 +50,7 @@ def summary(model: str = "toy", **changes: Any) -> dict[str, Any]:
     features = {"name": "classifier", "distance": "Fréchet distance", "extractor": "abcdef", "width": 4}
     return {
         "model": model,
+        "asked": {"kind": "label", "count": 10, "first": []},
         "blocks": [1, 3],
         "num": 1000,
         "seeds": [0, 1],
@@ -59,7 +60,7 @@ def summary(model: str = "toy", **changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "sampling": asdict(TeacherSampling(guidance_scale=3, guidance_ramp="linear", top_k=112, top_p=0.95)),
         "features": features,
-        "reference": {"images": "real images", "count": 2000},
+        "reference": {"images": "real images", "count": 2000, "alignment": None},
         "chance": {"tokens": moments(0.1), "blocks": [0.1, 0.1]},
         "methods": methods,
         "machine": MACHINE,
@@ -109,6 +110,27 @@ def test_a_table_has_the_columns_that_were_measured_and_says_how() -> None:
         "`classifier` (abcdef), to 2,000 real images.",
         "The teacher samples with guidance 3, growing linearly, top-k 112, top-p 0.95. ",
         "float32, 50 images at once, on Abacus, 1 thread, torch 2, distilled-decoding 1, commit 0123456.",
+    ):
+        assert words in lines[6]
+
+
+def prompted() -> dict[str, Any]:
+    """The summary of a model of captions."""
+    values = summary(asked={"kind": "prompt", "count": 1900, "first": ["red apple", "man, bald"] * 32})
+    for place, measured in enumerate(values["methods"].values()):
+        measured |= {"accuracy": None, "alignment": moments(0.9 - place / 100, 0.9 - place / 100)}
+    values["reference"]["alignment"] = 0.9312
+    return values
+
+
+def test_the_table_of_a_model_of_captions_has_alignment_beside_that_of_real_pictures() -> None:
+    lines = markdown_table(prompted()).splitlines()
+    assert "| alignment |" in lines[0] and "accuracy" not in lines[0]
+    assert "| 89.0% ± 0.0% |" in lines[3]
+    for words in (
+        "1,000 samples of 1,900 prompts in turn at each of",
+        "a sample's right name scores best among 100; real pictures of these prompts reach 93.1%. Two",
+        "Two samples of the teacher of one prompt share",
     ):
         assert words in lines[6]
 
@@ -238,6 +260,16 @@ def test_samples_stand_pixel_by_pixel_in_rows_of_twenty(tmp_path: Path) -> None:
         corner = row * cell, left + column * cell
         found = picture[corner[0] : corner[0] + 64, corner[1] : corner[1] + 64]
         assert np.array_equal(found[4::8, 4::8], images(24, row)[column, 0].numpy())
+
+
+def test_the_samples_of_a_model_of_captions_stand_under_their_prompts(
+    tmp_path: Path, drawn: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("samples_figure", "agreement_figure"):
+        monkeypatch.setattr(report_module.figures, name, lambda *args: Image.new("L", (1, 1)).save(args[-1]))
+    text = report([evaluated(tmp_path / "e", prompted())], tmp_path / "out")[0].read_text()
+    assert f"Prompts from the left: {'; '.join(['red apple', 'man, bald'] * 10)}." in text
+    assert "label" not in text
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

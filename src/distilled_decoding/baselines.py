@@ -4,7 +4,7 @@ A predictor whose blocks are independent given what it has seen can do no better
 block given that; these baselines are such predictors (section 5 of docs/method.md). What they lack is exactly what
 distillation keeps.
 
-Axis letters: B batch, L tokens in a sequence, K classes, N samples of the teacher.
+Axis letters: B batch, L tokens in a sequence, K classes or prompts, N samples of the teacher.
 """
 
 from copy import deepcopy
@@ -26,32 +26,33 @@ _TAIL_STREAM = 3
 
 @dataclass(frozen=True, eq=False)
 class OneStep:
-    """Every token drawn from its frequency among the teacher's samples of the class (the paper's `onestep`).
+    """Every token drawn from its frequency among the teacher's samples of the class or prompt (the paper's `onestep`).
 
     A draw takes the token that a random sample has in that place, another sample for every place.
 
     Attributes:
         pipeline: whose codebook the tokens are of.
         token_NL: samples of the teacher.
-        label_N: their classes.
+        asked: which class or prompt each is of, as `Labels` of as many numbers as there are.
 
     Raises:
-        ValueError: a class has no sample.
+        ValueError: a class or prompt has no sample.
     """
 
     pipeline: Pipeline
     token_NL: Tensor
-    label_N: Tensor
+    asked: Labels
 
     def __post_init__(self) -> None:
-        missing = torch.bincount(self.label_N, minlength=self.pipeline.num_classes).eq(0).nonzero().flatten().tolist()
+        count_K = torch.bincount(self.asked.label_B, minlength=self.asked.num_classes)
+        missing = count_K.eq(0).nonzero().flatten().tolist()
         if missing:
-            raise ValueError(f"no sample of the teacher has label {missing[0]}; take a larger number of samples")
+            raise ValueError(f"no sample of the teacher has number {missing[0]}; take a larger number of samples")
 
     def __call__(self, condition: Condition, key_B: Tensor) -> Tensor:
-        """The codes [B, L, C] of one batch of images."""
-        label_B = Labels.require(condition).label_B
-        count_K, by_class_N = torch.bincount(self.label_N), self.label_N.argsort(stable=True)
+        """The codes [B, L, C] of one batch of images, asked for by number: `condition` is `Labels`, too."""
+        label_B, label_N = Labels.require(condition).label_B, self.asked.label_B
+        count_K, by_class_N = torch.bincount(label_N), label_N.argsort(stable=True)
         first_K = count_K.cumsum(0) - count_K
         uniform_BL = uniform(key_B, self.token_NL.shape[1], _POOL_STREAM)
         place_BL = first_K[label_B, None] + (uniform_BL * count_K[label_B, None]).long()

@@ -286,7 +286,9 @@ def evaluate(
     num: int = EvaluationSettings.num,
     seeds: tuple[int, ...] = EvaluationSettings.seeds,
     keep: int = EvaluationSettings.keep,
-    features: FeatureName = "classifier",
+    prompts: Path | None = None,
+    column: str | None = None,
+    features: FeatureName | None = None,
     reference: Path | None = None,
     inception_weights: Path | None = None,
     device: str = "cpu",
@@ -301,12 +303,16 @@ def evaluate(
         out: folder of the results; what is there already is not measured again.
         methods: student steps (1, 2 ...), teacher, teacher-ancestral, span:A:B (the student with the teacher on blocks
             A to B-1), onestep (each token from its own frequency), skip:N (the teacher saves its last N passes).
-        num: images of each method and seed, classes balanced.
+        num: images of each method and seed, classes or prompts in turn.
         seeds: run seeds; mean and spread are over them.
         keep: images of each run that are kept for pictures.
-        features: classifier (of the shipped models), effnet-lite0, or inception, whose distance is FID.
+        prompts: what a model of captions is asked for: a file, one prompt a line, or a folder of encode-prompts; by
+            default the prompts that the model ships.
+        column: of the prompts in a .csv or .parquet file.
+        features: classifier (of the shipped models of classes, their default), effnet-lite0 (the default of models of
+            captions), or inception, whose distance is FID.
         reference: the real images: a .npz as the ADM evaluator reads, a folder of images, or a reference.safetensors of
-            an earlier evaluation; by default the test images of the shipped models.
+            an earlier evaluation; by default the test images of the shipped models, for models of captions real emoji.
         inception_weights: file of Inception's weights.
         device: cpu, cuda, cuda:1 ... or mps.
         dtype: of the transformers.
@@ -315,7 +321,9 @@ def evaluate(
     """
     pipeline = _load(model, device, dtype, compile)
     settings = EvaluationSettings(methods, num, seeds, keep)
-    summary = commands.evaluate_model(model, pipeline, out, settings, features, reference, inception_weights)
+    summary = commands.evaluate_model(
+        model, pipeline, out, settings, prompts, column, features, reference, inception_weights
+    )
     _print(summary, json, markdown_table(summary))
 
 

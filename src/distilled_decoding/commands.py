@@ -30,7 +30,7 @@ from distilled_decoding.metrics.reference import read_reference
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, problems
 from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
-from distilled_decoding.prompts import EncodedPrompts, encode_prompts, prompt_identity
+from distilled_decoding.prompts import CaptionTable, EncodedPrompts, encode_prompts, prompt_identity
 from distilled_decoding.records import claim, identity, record
 from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
@@ -354,7 +354,9 @@ def evaluate_model(
     pipeline: Pipeline,
     out: Path,
     settings: EvaluationSettings,
-    features: FeatureName = "classifier",
+    prompts: Path | None = None,
+    column: str | None = None,
+    features: FeatureName | None = None,
     reference: Path | None = None,
     inception_weights: Path | None = None,
 ) -> dict[str, Any]:
@@ -365,7 +367,9 @@ def evaluate_model(
         pipeline: the model.
         out: folder of the results.
         settings: what to measure.
-        features: the network that sees the images.
+        prompts: of a model of captions, what its images are asked for, see `Pipeline.table`.
+        column: of the prompts in a .csv or .parquet file.
+        features: the network that sees the images; None takes that of the shipped models of this kind.
         reference: real images or their statistics, see `read_reference`; None takes those of the shipped models.
         inception_weights: file of the weights of `inception`.
 
@@ -377,9 +381,14 @@ def evaluate_model(
         ValueError: methods that the model cannot do, a reference that does not fit, or a folder that holds another run.
         Stopped: the user asked to stop.
     """
-    extractor = zoo.extractor(features, str(pipeline.device), inception_weights)
-    if reference is None and features != "classifier":
+    usual: FeatureName = "classifier" if pipeline.num_classes else "effnet-lite0"
+    extractor = zoo.extractor(features or usual, str(pipeline.device), inception_weights)
+    if reference is None and extractor.name != usual:
         raise ValueError(f"--features {features} needs real images: give --reference FILE or FOLDER")
+    table = pipeline.table(prompts, column)
+    judge = None
+    if isinstance(table, CaptionTable | EncodedPrompts):
+        judge = zoo.judge(table.prompts, pipeline.image_shape, pipeline.device)
     total = settings.num * len(settings.methods) * len(settings.seeds)
     with stop_signal() as stop, progress_bar("measuring", total) as bar:
 
@@ -387,9 +396,12 @@ def evaluate_model(
             bar.advance(items)
             stop.check()
 
-        real = zoo.reference() if reference is None else read_reference(reference, extractor)
-        runs = evaluate(pipeline, extractor, settings, real, out, progress)
-    values = summary(runs, settings, pipeline, model, extractor, real)
+        if reference is not None:
+            real = read_reference(reference, extractor)
+        else:
+            real = zoo.reference() if pipeline.num_classes else zoo.emoji_reference(extractor)
+        runs = evaluate(pipeline, table, extractor, settings, real, out, progress, judge)
+    values = summary(runs, settings, pipeline, table, model, extractor, real, judge)
     save_json(out / "summary.json", values)
     save_text(out / "table.md", markdown_table(values))
     kept = [kept_images(out, method, settings.seeds[0])[:_PICTURED] for method in settings.methods]

@@ -19,10 +19,18 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.checkpoint import first_difference, load_json, load_tensors, save_json, save_tensors
+from distilled_decoding.checkpoint import (
+    fingerprint,
+    first_difference,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+)
 from distilled_decoding.codebook import nearest
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Asked, ConditionTable, Labels
 from distilled_decoding.methods import Method, check_names, method
+from distilled_decoding.metrics.alignment import Judge, share
 from distilled_decoding.metrics.features import Extractor
 from distilled_decoding.metrics.frechet import Statistics, frechet_distance, warn_if_few
 from distilled_decoding.metrics.kernel_distance import kernel_distance
@@ -30,6 +38,7 @@ from distilled_decoding.metrics.precision_recall import precision_recall
 from distilled_decoding.metrics.reference import MIN_IMAGES, Measured, Reference, check_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
+from distilled_decoding.prompts import CaptionTable, EncodedPrompts
 from distilled_decoding.records import environment, record
 from distilled_decoding.trajectories import Progress
 
@@ -40,7 +49,7 @@ class EvaluationSettings:
 
     Attributes:
         methods: see `methods.method`.
-        num: samples of each method and seed, the labels in turn.
+        num: samples of each method and seed, the labels or prompts in turn.
         seeds: run seeds; three or more give a spread worth reading.
         keep: this many first images of each run are kept for pictures; 0 keeps none.
 
@@ -73,6 +82,7 @@ class Quality:
         precision: share of samples that look like real images.
         recall: share of real images that look like samples.
         accuracy: share of samples that are given the label they were asked for.
+        alignment: share of samples whose prompt's name is found among 100, see `metrics.alignment`.
         seconds_per_image: sampling and decoding, without the first batch, in which things warm up.
     """
 
@@ -82,6 +92,7 @@ class Quality:
     precision: float | None
     recall: float | None
     accuracy: float | None
+    alignment: float | None
     seconds_per_image: float
 
 
@@ -93,8 +104,8 @@ class Likeness:
         ratio_to_teacher: Fréchet distance over the teacher's at the same seed.
         distance_to_teacher: Fréchet distance to the teacher's samples of the next seed; after the last comes the first.
         agreement_S: per block, the share of tokens that equal the teacher's on the same noise.
-        chance_S: of the teacher itself, likewise with its tokens of the next seed: what one label brings about,
-            whatever the noise.
+        chance_S: of the teacher itself, likewise with its tokens of the next seed: what one label or prompt brings
+            about, whatever the noise.
     """
 
     ratio_to_teacher: float | None
@@ -126,43 +137,50 @@ class Run:
 
 def evaluate(
     pipeline: Pipeline,
+    table: ConditionTable,
     extractor: Extractor,
     settings: EvaluationSettings,
     reference: Reference,
     out: Path,
     progress: Progress = lambda num: None,
+    judge: Judge | None = None,
 ) -> list[Run]:
     """Measure every method at every seed that `out` does not have yet, and compare them all.
 
     Args:
         pipeline: the model.
+        table: what images are asked for: the classes, or prompts.
         extractor: gives the features, and judges the classes where it knows those of the model.
         settings: what to measure.
         reference: the real images, seen by the same extractor.
         out: folder of the runs, tensors and a JSON file each, and the record of what was asked first.
         progress: called with the number of images finished, those of runs found on disk included.
+        judge: says which samples show what their prompts name.
 
     Raises:
         ValueError: model, extractor, reference, methods and what is in `out` do not fit each other.
     """
     check_reference(reference, extractor, pipeline.num_classes, pipeline.image_shape)
-    if "onestep" in settings.methods and settings.num < pipeline.num_classes:
-        raise ValueError(f"onestep needs samples of all {pipeline.num_classes} classes, got num {settings.num}")
+    if "onestep" in settings.methods and settings.num < len(table):
+        what = "classes" if pipeline.num_classes else "prompts"
+        raise ValueError(f"onestep needs samples of all {len(table)} {what}, got num {settings.num}")
     warn_if_few(min(settings.num, reference.statistics.count or settings.num), extractor)
-    condition = Labels.balanced(settings.num, pipeline.num_classes)
+    number_N = Asked.in_turn(table, settings.num).number_N
     keys = [(name, seed) for name in settings.methods for seed in settings.seeds]
 
-    def samples(seed: int) -> tuple[Tensor, Tensor]:
-        return _tokens(out, "teacher", seed), condition.label_B
+    def samples(seed: int) -> tuple[Tensor, Labels]:
+        return _tokens(out, "teacher", seed), Labels(number_N, len(table))
 
-    methods = {(name, seed): method(pipeline, name, partial(samples, seed)) for name, seed in keys}
+    methods = {(name, seed): method(pipeline, table, name, partial(samples, seed)) for name, seed in keys}
     made_from = {
         key: {
             **one.made_from,
+            "asked": table.identity,
             "num": settings.num,
             "device": str(pipeline.device),
             "extractor": extractor.fingerprint,
             "reference": reference.identity,
+            "retriever": judge and fingerprint(judge.retriever),
         }
         for key, one in methods.items()
     }
@@ -176,7 +194,7 @@ def evaluate(
         if key in found:
             progress(settings.num)
         else:
-            sampled = _Sampled(pipeline, methods[key], condition, key[1], settings.keep, progress)
+            sampled = _Sampled(pipeline, methods[key], number_N, key[1], settings.keep, progress, judge)
             found[key] = sampled.measure(_path(out, *key), extractor, reference, made_from[key])
     qualities = {key: quality for key, (quality, _) in found.items()}
     likenesses = _compare(out, qualities, settings.seeds, pipeline.teacher.order, reference.statistics)
@@ -197,20 +215,25 @@ def summary(
     runs: Sequence[Run],
     settings: EvaluationSettings,
     pipeline: Pipeline,
+    table: ConditionTable,
     model: str,
     extractor: Extractor,
     reference: Reference,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Everything measured, as JSON: every quantity of every method with its mean, spread and value per seed.
 
     Null stands for what was not measured; the teacher's `distance_to_teacher` is the floor of all others. A spread
-    is the standard deviation over seeds (n - 1), 0 for a single seed. Versions, commit and machine are those of the
-    runs, not of this call.
+    is the standard deviation over seeds (n - 1), 0 for a single seed. `first` are the prompts of the kept images.
+    Versions, commit and machine are those of the runs, not of this call.
     """
     order, real = pipeline.teacher.order, reference.statistics
     of = {name: [run for run in runs if run.method == name] for name in settings.methods}
+    prompts = table.prompts if isinstance(table, CaptionTable | EncodedPrompts) else []
+    first = [prompts[number % len(prompts)] for number in range(min(settings.keep, settings.num) if prompts else 0)]
     return {
         "model": model,
+        "asked": {"kind": "prompt" if prompts else "label", "count": len(table), "first": first},
         "blocks": list(order.sizes),
         "num": settings.num,
         "seeds": list(settings.seeds),
@@ -225,7 +248,7 @@ def summary(
             "extractor": extractor.fingerprint,
             "width": extractor.width,
         },
-        "reference": {"images": real.images, "count": real.count},
+        "reference": {"images": real.images, "count": real.count, "alignment": judge and judge.real},
         "chance": _agreement([run.likeness.chance_S for run in of.get("teacher", [])], order),
         "methods": {name: _summary(of[name], order) for name in settings.methods},
         **_common([run.environment for run in runs]),
@@ -257,23 +280,34 @@ class _Sampled:
     """A run in the making: images go by once, and what must outlive them is kept."""
 
     def __init__(
-        self, pipeline: Pipeline, way: Method, condition: Labels, seed: int, keep: int, progress: Progress
+        self,
+        pipeline: Pipeline,
+        way: Method,
+        number_N: Tensor,
+        seed: int,
+        keep: int,
+        progress: Progress,
+        judge: Judge | None,
     ) -> None:
-        self.condition, self.keep, self.progress = condition, keep, progress
+        self.number_N, self.keep, self.progress, self.judge = number_N, keep, progress, judge
         self.codebook_VC = pipeline.teacher.codebook.cpu()
         assert len(self.codebook_VC) <= 2**16, "tokens are stored as uint16"
-        key_N = image_keys("evaluation", seed, range(len(condition)))
-        self.made = pipeline.generate(way.codes, condition, key_N)
+        key_N = image_keys("evaluation", seed, range(len(number_N)))
+        self.made = pipeline.generate(way.codes, Asked(way.table, number_N), key_N)
         self.images: list[Tensor] = []
         self.tokens: list[Tensor] = []
+        self.aligned: list[Tensor] = []
         self.seconds: list[tuple[float, int]] = []
 
     def __iter__(self) -> Iterator[Tensor]:
-        begin = perf_counter()
+        done, begin = 0, perf_counter()
         for image_BCHW, code_BLC in self.made:
             self.seconds.append((perf_counter() - begin, len(image_BCHW)))
             self.images.append(image_BCHW[: max(0, self.keep - sum(map(len, self.images)))])
             self.tokens.append(nearest(code_BLC, self.codebook_VC).to(torch.uint16))
+            if self.judge is not None:
+                self.aligned.append(self.judge.aligned(image_BCHW, self.number_N[done : done + len(image_BCHW)]))
+            done += len(image_BCHW)
             yield image_BCHW
             self.progress(len(image_BCHW))
             begin = perf_counter()
@@ -282,9 +316,10 @@ class _Sampled:
         self, path: Path, extractor: Extractor, reference: Reference, made_from: Mapping[str, Any]
     ) -> tuple[Quality, dict[str, Any]]:
         """Score and save the run; its JSON goes last, so that half a run is never taken for one."""
-        measured = measure(extractor, self, self.condition.label_B, f"samples of {path.stem}")
+        measured = measure(extractor, self, self.number_N, f"samples of {path.stem}")
         timed = self.seconds[1:] or self.seconds
-        quality = _quality(measured, sum(s for s, _ in timed) / sum(num for _, num in timed), reference)
+        seconds = sum(s for s, _ in timed) / sum(num for _, num in timed)
+        quality = _quality(measured, share(self.aligned), seconds, reference)
         save_tensors(path.with_suffix(".features.safetensors"), {"feature_ND": measured.feature_ND})
         save_tensors(path.with_suffix(".tokens.safetensors"), {"token_NL": torch.cat(self.tokens)})
         save_tensors(path.with_suffix(".images.safetensors"), {"image_NCHW": torch.cat(self.images)})
@@ -293,7 +328,7 @@ class _Sampled:
         return quality, place
 
 
-def _quality(measured: Measured, seconds: float, reference: Reference) -> Quality:
+def _quality(measured: Measured, alignment: float | None, seconds: float, reference: Reference) -> Quality:
     real_MD = reference.feature_ND
     precision, recall = (None, None) if real_MD is None else precision_recall(real_MD, measured.feature_ND)
     return Quality(
@@ -303,6 +338,7 @@ def _quality(measured: Measured, seconds: float, reference: Reference) -> Qualit
         precision=precision,
         recall=recall,
         accuracy=measured.accuracy,
+        alignment=alignment,
         seconds_per_image=seconds,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from distilled_decoding.baselines import OneStep, Skip
+from distilled_decoding.condition import Classes, ConditionTable, Labels
 from distilled_decoding.pipeline import Codes, Pipeline
 from distilled_decoding.records import identity
 
@@ -24,11 +25,13 @@ class Method:
 
     Attributes:
         codes: makes the codes of one batch.
+        table: of the conditions that it reads for the numbers that images are asked for by.
         passes: forward passes of an image.
         made_from: everything that determines the images, as JSON gives it back.
     """
 
     codes: Codes
+    table: ConditionTable
     passes: int
     made_from: dict[str, Any]
 
@@ -47,14 +50,17 @@ def check_names(names: tuple[str, ...]) -> None:
         raise ValueError("onestep draws from the teacher's samples; name the method teacher, too")
 
 
-def method(pipeline: Pipeline, name: str, samples: Callable[[], tuple[Tensor, Tensor]]) -> Method:
+def method(
+    pipeline: Pipeline, table: ConditionTable, name: str, samples: Callable[[], tuple[Tensor, Labels]]
+) -> Method:
     """The method of a name: a number of student steps; `teacher` or `teacher-ancestral`; `span:a:b`, the student with
     the teacher on blocks a..b-1; `onestep` or `skip:n`, see `baselines`.
 
     Args:
         pipeline: the model.
+        table: what images are asked for.
         name: one that `check_names` accepts.
-        samples: gives tokens [N, L] and labels [N] of the teacher, asked when `onestep` draws its first.
+        samples: gives tokens [N, L] of the teacher and the numbers they were asked for by, when `onestep` draws first.
 
     Raises:
         ValueError: this model cannot do it.
@@ -66,9 +72,10 @@ def method(pipeline: Pipeline, name: str, samples: Callable[[], tuple[Tensor, Te
         made_from = {"baseline": name, **identity(pipeline, teacher)}
         if kind == "skip":
             skip = Skip(pipeline, int(numbers[0]))
-            return Method(skip, num_blocks - skip.num_skipped, made_from)
+            return Method(skip, table, num_blocks - skip.num_skipped, made_from)
         baseline = cache(lambda: OneStep(pipeline, *samples()))
-        return Method(lambda condition, key_B: baseline()(condition, key_B), 1, made_from)
+        # It knows what the teacher made of a number, whatever that stands for.
+        return Method(lambda condition, key_B: baseline()(condition, key_B), Classes(len(table)), 1, made_from)
     if kind == "span":
         first, end = map(int, numbers)
         # Where the span leaves nothing to do before or behind it, the student takes no step there.
@@ -76,8 +83,10 @@ def method(pipeline: Pipeline, name: str, samples: Callable[[], tuple[Tensor, Te
         plan = pipeline.plan(schedule=schedule, teacher_span=(first, end))
         return Method(
             partial(pipeline.codes, plan),
+            table,
             len(schedule) - (first == 0) + end - first,
             identity(pipeline, plan),
         )
     plan = pipeline.plan(int(name) if name.isdecimal() else name)  # type: ignore[arg-type]
-    return Method(partial(pipeline.codes, plan), len(plan.schedule) or num_blocks, identity(pipeline, plan))
+    passes = len(plan.schedule) or num_blocks
+    return Method(partial(pipeline.codes, plan), table, passes, identity(pipeline, plan))

@@ -13,6 +13,7 @@ from distilled_decoding import report_figures as figures
 from distilled_decoding.bench import TEACHER, bench_figure, bench_table
 from distilled_decoding.checkpoint import load_json, save_text, sha256
 from distilled_decoding.evaluate import kept_images
+from distilled_decoding.metrics.alignment import CANDIDATES
 from distilled_decoding.neighbours import nearest_training_images
 from distilled_decoding.records import record_anew
 from distilled_decoding.report_page import html, table
@@ -112,7 +113,7 @@ def _read(folders: Sequence[Path]) -> tuple[list[_Evaluated], dict[str, dict[str
     for folder in folders:
         values = load_json(_results(folder)[0]) if _results(folder) else {}
         fields = set(values)
-        if {"model", "methods", "features"} <= fields:
+        if {"model", "methods", "features", "asked"} <= fields:
             title = _unique(values["model"], [one.title for one in evaluated])
             evaluated.append(_Evaluated(folder, values, title, _unique(_file(title), [one.file for one in evaluated])))
         elif {"model", "ways"} <= fields:
@@ -148,6 +149,7 @@ def _columns(features: Mapping[str, Any]) -> dict[str, tuple[str, str, float]]:
         "precision": ("precision", "{:.3f}", 1),
         "recall": ("recall", "{:.3f}", 1),
         "accuracy": ("class accuracy", "{:.1%}", 1),
+        "alignment": ("alignment", "{:.1%}", 1),
         "agreement": ("tokens equal to teacher's", "{:.1%}", 1),
     }
 
@@ -165,27 +167,32 @@ def _cell(moments: Mapping[str, Any] | None, form: str, scale: float) -> str:
 
 
 def _note(summary: Mapping[str, Any]) -> str:
-    seeds, features, chance = summary["seeds"], summary["features"], summary["chance"]
+    seeds, features, chance, asked = (summary[key] for key in ("seeds", "features", "chance", "asked"))
+    samples = "balanced samples" if asked["kind"] == "label" else f"samples of {asked['count']:,} prompts in turn"
     which = f"seed {seeds[0]}"
     if len(seeds) > 1:
         which = f"each of seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds"
     to_teacher = any(m["distance_to_teacher"] for m in summary["methods"].values())
     floor = ", and to the teacher's samples of another seed, where the teacher's own row is the floor" * to_teacher
     equal = (
-        f" Two samples of the teacher of one label share {chance['tokens']['mean']:.1%} of their tokens."
+        f" Two samples of the teacher of one {asked['kind']} share {chance['tokens']['mean']:.1%} of their tokens."
         if chance
         else ""
     )
-    images, count = summary["reference"]["images"], summary["reference"]["count"]
+    images, count, aligned = (summary["reference"][key] for key in ("images", "count", "alignment"))
     real = images if count is None else f"{count:,} {images}"
+    names = (
+        f" Alignment is how often a sample's right name scores best among {CANDIDATES}"
+        f"{'' if aligned is None else f'; real pictures of these prompts reach {aligned:.1%}'}."
+    ) * any(m["alignment"] is not None for m in summary["methods"].values())
     machine, versions = summary["machine"], summary["versions"]
     where = f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     where += f", {machine['gpu']}" if summary["device"].startswith("cuda") else ""
     commit = f", commit {summary['commit'][:7]}{' with changes' * bool(summary['dirty'])}" if summary["commit"] else ""
     return (
-        f"{summary['num']:,} balanced samples at {which}. Distances in the features of `{features['name']}` "
+        f"{summary['num']:,} {samples} at {which}. Distances in the features of `{features['name']}` "
         f"({features['extractor'][:12]}), to {real}{floor}."
-        f"{equal} The teacher samples with {_sampling(summary['sampling'])}. "
+        f"{names}{equal} The teacher samples with {_sampling(summary['sampling'])}. "
         f"Sampled in {summary['dtype']}{', compiled' * summary['compiled']}, {summary['batch_size']} images at "
         f"once, on {where}, torch {versions['torch']}, distilled-decoding {versions['distilled_decoding']}{commit}."
     )
@@ -259,7 +266,7 @@ def _quality_note(timed: bool, left_out: Mapping[str, Sequence[str]]) -> str:
     source = "Times are the evaluation's own: an image's share of its batch, decoder included."
     if timed:
         source = (
-            "Times are from a label to one image, decoder included, of the compiled ways that `bench` timed; a teacher "
+            "Times are those of one image, decoder included, of the compiled ways that `bench` timed; a teacher "
             "stands at the time of the compiled teacher's ordinary sampling."
         )
     note = f"Lower and further left is better; both scales are logarithmic; bars are standard deviations. {source}"
@@ -278,22 +285,24 @@ def _evaluation_time(method: str, measured: Mapping[str, Any]) -> float | None:
 
 
 def _samples(one: _Evaluated, out: Path) -> list[str]:
-    seed, picture = one.summary["seeds"][0], f"samples-{one.file}.png"
+    seed, asked, picture = one.summary["seeds"][0], one.summary["asked"], f"samples-{one.file}.png"
     rows = {method_name(name): kept_images(one.folder, name, seed)[:_COLUMNS] for name in one.summary["methods"]}
     if not all(map(len, rows.values())):
         return []
     figures.samples_figure(rows, out / picture)
-    return [
-        f"### Samples of {one.title}",
-        f"![samples of {one.title}, a row for each method]({picture})",
-        f"The first samples of seed {seed}, not chosen; a column has one label and one noise. Rows from the top: "
-        f"{', '.join(rows)}.",
-    ]
+    text = (
+        f"The first samples of seed {seed}, not chosen; a column has one {asked['kind']} and one noise. Rows from the "
+    )
+    text += f"top: {', '.join(rows)}."
+    if asked["first"]:
+        text += f" Prompts from the left: {'; '.join(prompt or '(none)' for prompt in asked['first'][:_COLUMNS])}."
+    return [f"### Samples of {one.title}", f"![samples of {one.title}, a row for each method]({picture})", text]
 
 
 def _agreement(one: _Evaluated, out: Path) -> list[str]:
     """Where along the sequence the students lose the teacher's tokens."""
     methods, chance, sizes = one.summary["methods"], one.summary["chance"], one.summary["blocks"]
+    kind = one.summary["asked"]["kind"]
     students = {name: m["agreement"] for name, m in methods.items() if _kind(name) in ("student", "span")}
     measured = {method_name(name): agreement for name, agreement in students.items() if agreement}
     if not measured:
@@ -310,10 +319,10 @@ def _agreement(one: _Evaluated, out: Path) -> list[str]:
         f"### Tokens of {one.title}",
         f"![share of tokens equal to the teacher's, block by block]({picture})",
         table(rows),
-        "Equal tokens of student and teacher (the flow map) on the same label and noise; chance is what two samples of "
-        "the teacher with one label and different noise share. A step that starts at a block keeps the blocks before "
-        "it and predicts the others anew, so it can gain only behind it: the curves of 1 and 2 steps tell how much it "
-        "does.",
+        f"Equal tokens of student and teacher (the flow map) on the same {kind} and noise; chance is what two samples "
+        f"of the teacher with one {kind} and different noise share. A step that starts at a block keeps the blocks "
+        "before it and predicts the others anew, so it can gain only behind it: the curves of 1 and 2 steps tell how "
+        "much it does.",
     ]
 
 

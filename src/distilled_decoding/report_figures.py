@@ -156,7 +156,7 @@ def agreement_figure(
 
     Args:
         curves: for each method, a share a block.
-        chance: the same of two samples of the teacher that share a label only.
+        chance: the same of two samples of the teacher that share a label or prompt only.
         sizes: tokens of each block.
         path: the PNG.
     """

@@ -42,7 +42,7 @@ class Scores(NamedTuple):
     logits_BV: Tensor
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """A strided convolution and a residual pair, each with batch normalisation."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -56,6 +56,7 @@ class _Stage(nn.Module):
         return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """The next feature map."""
         h_BCHW = self.enter(x_BCHW)
         return h_BCHW + self.residual(h_BCHW)
 
@@ -69,9 +70,9 @@ class Classifier(nn.Module):
         width = config.width
         self.stages = nn.ModuleList(
             [
-                _Stage(config.image_channels, width, 2),
-                _Stage(width, 2 * width, 2),
-                _Stage(2 * width, 4 * width, 2),
+                Stage(config.image_channels, width, 2),
+                Stage(width, 2 * width, 2),
+                Stage(2 * width, 4 * width, 2),
             ]
         )
         self.head = nn.Linear(4 * width, config.num_classes)

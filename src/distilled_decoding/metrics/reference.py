@@ -176,8 +176,8 @@ def check_reference(reference: Reference, extractor: Extractor, num_classes: int
     """
     if extractor.num_classes not in (None, num_classes):
         raise ValueError(
-            f"the features {extractor.name} are of a classifier of {extractor.num_classes} classes, the model has "
-            f"{num_classes}; choose other features"
+            f"the features {extractor.name} are of a classifier of {extractor.num_classes} classes, the model "
+            f"{f'has {num_classes}' if num_classes else 'reads captions'}; choose other features"
         )
     _check_extractor(reference, extractor)
     real = reference.statistics

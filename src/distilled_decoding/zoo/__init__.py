@@ -1,10 +1,12 @@
 """The shipped models: where they lie, and how a model's name becomes a folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from distilled_decoding.hub import download
+from distilled_decoding.metrics.alignment import Judge, alignment, load_retriever
 from distilled_decoding.metrics.features import (
     Classifier,
     Extractor,
@@ -14,10 +16,12 @@ from distilled_decoding.metrics.features import (
     inception_extractor,
     load_classifier,
 )
-from distilled_decoding.metrics.reference import Reference
+from distilled_decoding.metrics.pictures import Pictures
+from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.presets import PRESETS
 
 FOLDER = Path(__file__).parent
+_BATCH = 50
 
 
 def shipped() -> dict[str, Path]:
@@ -49,6 +53,36 @@ def extractor(name: FeatureName, device: torch.device | str = "cpu", weights: Pa
 def reference() -> Reference:
     """The 10,000 real Fashion-MNIST test images in the shipped classifier's features."""
     return Reference.load(FOLDER / "fashion-features" / "test_images.safetensors")
+
+
+def emoji_reference(features: Extractor) -> Reference:
+    """The real emoji in any features; they are measured anew."""
+    return make_reference(features, emoji().image_NCHW.split(_BATCH), "real emoji")
+
+
+def emoji() -> Pictures:
+    """Real emoji with their prompts."""
+    return Pictures.load(FOLDER / "emoji-features")
+
+
+def judge(prompts: Sequence[str], image_shape: tuple[int, ...], device: torch.device | str = "cpu") -> Judge | None:
+    """What says whether pictures show the emoji that they were asked for by name, beside the real ones of these names.
+
+    Args:
+        prompts: what pictures are asked for, as a table of prompts holds them.
+        image_shape: of the pictures.
+        device: to compute on.
+
+    Returns:
+        None when no prompt names an emoji, or when the pictures are not of the emoji's shape.
+    """
+    real, retriever = emoji(), load_retriever(FOLDER / "emoji-features" / "names").to(device)
+    name_N = retriever.numbers(prompts)
+    if image_shape != real.image_NCHW.shape[1:] or not (name_N >= 0).any():
+        return None
+    asked = set(prompts)
+    shown_N = retriever.numbers([prompt if prompt in asked else "" for prompt in real.prompts])
+    return Judge(retriever, name_N, alignment(retriever, real.image_NCHW.split(_BATCH), shown_N))
 
 
 def resolve(model: str | Path) -> Path:
