@@ -1,18 +1,18 @@
 """Train teacher and text encoder together: python -m recipes.emoji.train_teacher --data DIR --out DIR --tokenizer DIR.
 
-The text encoder is a small T5 that reads bytes. Every picture is encoded once in each of a few variants, see
-`data.moved`; captions are dropped for guidance.
+The text encoder is a small T5 that reads bytes. It first learns alone to say of a caption which token each place of
+its picture has, whatever the others have, through a linear map that is thrown away; then both learn together. Every
+picture is encoded once in each of a few variants, see `data.moved`; captions are dropped for guidance.
 
 Axis letters: B batch, L tokens in a sequence, N sequences.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import tyro
-from distilled_decoding.text import TextEncoder
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
@@ -22,6 +22,7 @@ from distilled_decoding.condition import Captions
 from distilled_decoding.families import family
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
 from distilled_decoding.families.llamagen.transformer import Transformer, TransformerConfig
+from distilled_decoding.text import TextEncoder
 from recipes.emoji.data import MAX_TOKENS, SIDE, STYLES, load, moved, normalise
 from recipes.fashion_mnist.data import batch
 from recipes.training import cosine, run, start
@@ -43,7 +44,10 @@ class Settings:
     num_layers: int = 6
     num_heads: int = 5
     text_dim: int = 128
-    text_layers: int = 2
+    text_layers: int = 3
+    text_steps: int = 2500
+    text_batch_size: int = 128
+    text_learning_rate: float = 1e-3
     seed: int = 0
 
 
@@ -77,6 +81,33 @@ def training_tokens(settings: Settings, tokenizer: VQTokenizer, image_N3HW: Tens
     return load_tensors(path)[0]["token_NL"].long()
 
 
+def train_text(settings: Settings, text: TextEncoder, caption_N: list[list[int]], token_NL: Tensor, vocab: int) -> None:
+    """Teach the text encoder by itself; its features are averaged as the transformer's attention averages them."""
+    length = token_NL.shape[1]
+    head = nn.Linear(settings.text_dim, length * vocab)
+    modules = {"text": text.encoder.encoder, "head": head}
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.05)
+
+    def update(step: int) -> dict[str, float]:
+        optimizer.param_groups[0]["lr"] = cosine(step, settings.text_steps, settings.text_learning_rate, 200)
+        index = batch(step, settings.text_batch_size, len(token_NL), settings.seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            captions = text.features([caption_N[i] for i in (index % len(caption_N)).tolist()])
+            mask_BT1 = captions.mask_BT[..., None]
+            mean_BF = (captions.feature_BTF * mask_BT1).sum(1) / mask_BT1.sum(1)
+            logits_BLV = head(mean_BF).unflatten(1, (length, vocab))
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), token_NL[index].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return {"loss": loss.item()}
+
+    settings.out.mkdir(exist_ok=True)
+    run("text", settings.out, settings.text_steps, modules, {"optimizer": optimizer}, update)
+
+
 def main(settings: Settings) -> None:
     """Train and write the components."""
     start("train_teacher", settings)
@@ -92,21 +123,25 @@ def main(settings: Settings) -> None:
     sizes = {"dim": settings.dim, "num_layers": settings.num_layers, "num_heads": settings.num_heads}
     sizes |= {"vocab_size": tokenizer.config.codebook_size, "num_tokens": (SIDE // tokenizer.config.downsampling) ** 2}
     sizes |= {"num_classes": 0, "caption_tokens": MAX_TOKENS, "caption_dim": settings.text_dim}
+    text.encoder.train()
+    train_text(replace(settings, out=settings.out / "text"), text, caption_N, token_NL, sizes["vocab_size"])
     model = Transformer(TransformerConfig(**sizes))
     # Twice as fast on a CPU; the parameters stay those of `model`.
     compiled = torch.compile(model)
     # T5 shares its embedding between two names; the encoder within has it once.
     modules = {"model": model, "text": text.encoder.encoder}
-    parameters = [p for module in modules.values() for p in module.parameters()]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(text.encoder.encoder.parameters()), "weight_decay": 0.0},
     ]
+    parameters = [p for group in groups for p in group["params"]]
+    rates = (settings.learning_rate, settings.learning_rate, settings.text_learning_rate)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
     def update(step: int) -> dict[str, float]:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, settings.num_steps, settings.learning_rate, 200)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = cosine(step, settings.num_steps, rate, 200)
         torch.manual_seed(settings.seed * 1_000_003 + step)
         index = batch(step, settings.batch_size, len(token_NL), settings.seed)
         token_BL = token_NL[index]
@@ -122,7 +157,6 @@ def main(settings: Settings) -> None:
         return {"loss": loss.item()}
 
     model.train()
-    text.encoder.train()
     seconds = run("teacher", settings.out, settings.num_steps, modules, {"optimizer": optimizer}, update)
     save_component(settings.out / "transformer", model.eval(), model.config, torch.float16)
     TextEncoder(text.encoder.half(), text.tokenizer, MAX_TOKENS).save_pretrained(settings.out)
