@@ -436,7 +436,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _check_processes(words: Sequence[str]) -> None:
     command, size = " ".join(words[:1]), processes.world_size()
-    if size > 1 and command not in ("trajectories", "distill"):
+    if size > 1 and command not in ("trajectories", "distill", "evaluate"):
         raise ValueError(f"WORLD_SIZE is {size}, but {command} runs in one process; start it without torchrun")
 
 

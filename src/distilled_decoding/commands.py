@@ -222,7 +222,7 @@ def _fill_store(
     shared: Store,
     title: str,
 ) -> int:
-    """Make this process's part of what is missing; the first waits for the others and returns how many all made."""
+    """Make this process's part of what is missing, wait for the others, and return how many all made."""
     with stop_signal() as stop, progress_bar(title, len(store)) as bar:
 
         def progress(items: int) -> None:
@@ -231,12 +231,10 @@ def _fill_store(
 
         numbers = processes.deal(store.num_shards, shared)
         made = trajectories.generate(pipeline.teacher, table, store, settings, progress, numbers)
-        made = shared.add("made", made)
-        processes.first_waits(shared, lambda: progress(0))
-        if processes.is_first():
-            bar.at(shared.add("finished", 0))
-            made = shared.add("made", 0)
-    return made
+        shared.add("made", made)
+        processes.meet(shared, lambda: progress(0))
+        bar.at(shared.add("finished", 0))
+    return shared.add("made", 0)
 
 
 def text_encoder(model: str | None, encoder: str | None, max_tokens: int | None, device: str) -> TextEncoder:
@@ -360,7 +358,7 @@ def evaluate_model(
     reference: Path | None = None,
     inception_weights: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a model's methods against real images.
+    """Measure a model's methods against real images; processes that torchrun started share the runs.
 
     Args:
         model: for the record.
@@ -390,23 +388,28 @@ def evaluate_model(
     if isinstance(table, CaptionTable | EncodedPrompts):
         judge = zoo.judge(table.prompts, pipeline.image_shape, pipeline.device)
     total = settings.num * len(settings.methods) * len(settings.seeds)
-    with stop_signal() as stop, progress_bar("measuring", total) as bar:
+    with (
+        processes.group(str(pipeline.device)) as shared,
+        stop_signal() as stop,
+        progress_bar("measuring", total) as bar,
+    ):
 
         def progress(items: int) -> None:
-            bar.advance(items)
+            bar.at(shared.add("finished", items))
             stop.check()
 
         if reference is not None:
             real = read_reference(reference, extractor)
         else:
             real = zoo.reference() if pipeline.num_classes else zoo.emoji_reference(extractor)
-        runs = evaluate(pipeline, table, extractor, settings, real, out, progress, judge)
+        runs = evaluate(pipeline, table, extractor, settings, real, out, progress, judge, shared)
     values = summary(runs, settings, pipeline, table, model, extractor, real, judge)
-    save_json(out / "summary.json", values)
-    save_text(out / "table.md", markdown_table(values))
-    kept = [kept_images(out, method, settings.seeds[0])[:_PICTURED] for method in settings.methods]
-    if settings.keep:
-        grid(torch.cat(kept), columns=min(_PICTURED, settings.keep, settings.num)).save(out / "grid.png")
+    if processes.is_first():
+        save_json(out / "summary.json", values)
+        save_text(out / "table.md", markdown_table(values))
+        kept = [kept_images(out, method, settings.seeds[0])[:_PICTURED] for method in settings.methods]
+        if settings.keep:
+            grid(torch.cat(kept), columns=min(_PICTURED, settings.keep, settings.num)).save(out / "grid.png")
     return values
 
 

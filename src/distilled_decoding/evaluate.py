@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import HashStore, Store
 
+from distilled_decoding import processes
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.checkpoint import (
     fingerprint,
@@ -144,8 +146,12 @@ def evaluate(
     out: Path,
     progress: Progress = lambda num: None,
     judge: Judge | None = None,
+    shared: Store | None = None,
 ) -> list[Run]:
     """Measure every method at every seed that `out` does not have yet, and compare them all.
+
+    All processes of a run call this alike, within `processes.group`, and have the same result; each method and seed is
+    measured by one of them.
 
     Args:
         pipeline: the model.
@@ -156,6 +162,7 @@ def evaluate(
         out: folder of the runs, tensors and a JSON file each, and the record of what was asked first.
         progress: called with the number of images finished, those of runs found on disk included.
         judge: says which samples show what their prompts name.
+        shared: what `processes.group` gives; None for a process alone.
 
     Raises:
         ValueError: model, extractor, reference, methods and what is in `out` do not fit each other.
@@ -187,15 +194,24 @@ def evaluate(
     # All are read before any is made: a folder that does not fit is refused at once, not after hours.
     found = {key: one for key in keys if (one := _load(_path(out, *key), made_from[key]))}
     asked = {name: made_from[name, settings.seeds[0]] for name in settings.methods}
-    record(out, "evaluate", {**asdict(settings), "made_from": asked}, {"reference": reference.statistics.images})
-    reference.save(out / "reference.safetensors")
-    # The independent baseline goes last: it needs the teacher's samples.
-    for key in sorted(keys, key=lambda key: key[0] == "onestep"):
-        if key in found:
-            progress(settings.num)
-        else:
-            sampled = _Sampled(pipeline, methods[key], number_N, key[1], settings.keep, progress, judge)
-            found[key] = sampled.measure(_path(out, *key), extractor, reference, made_from[key])
+
+    def begin() -> None:
+        record(out, "evaluate", {**asdict(settings), "made_from": asked}, {"reference": reference.statistics.images})
+        reference.save(out / "reference.safetensors")
+        progress(settings.num * len(found))
+
+    processes.first_acts(begin)
+    shared = HashStore() if shared is None else shared
+    # The independent baseline needs the teacher's samples; else long runs go first, so that processes end together.
+    waiting = sorted((key for key in keys if key not in found), key=lambda key: -methods[key].passes)
+    for needs_teacher in (False, True):
+        turn = [key for key in waiting if (key[0] == "onestep") == needs_teacher]
+        for number in processes.deal(len(turn), shared, f"runs of turn {needs_teacher:d}"):
+            name, seed = turn[number]
+            sampled = _Sampled(pipeline, methods[name, seed], number_N, seed, settings.keep, progress, judge)
+            sampled.measure(_path(out, name, seed), extractor, reference, made_from[name, seed])
+        processes.meet(shared, lambda: progress(0), f"end of turn {needs_teacher:d}")
+    found = {key: _load(_path(out, *key), made_from[key]) for key in keys}
     qualities = {key: quality for key, (quality, _) in found.items()}
     likenesses = _compare(out, qualities, settings.seeds, pipeline.teacher.order, reference.statistics)
     return [Run(*key, methods[key].passes, found[key][1], qualities[key], likenesses[key]) for key in keys]
@@ -314,7 +330,7 @@ class _Sampled:
 
     def measure(
         self, path: Path, extractor: Extractor, reference: Reference, made_from: Mapping[str, Any]
-    ) -> tuple[Quality, dict[str, Any]]:
+    ) -> None:
         """Score and save the run; its JSON goes last, so that half a run is never taken for one."""
         measured = measure(extractor, self, self.number_N, f"samples of {path.stem}")
         timed = self.seconds[1:] or self.seconds
@@ -323,9 +339,7 @@ class _Sampled:
         save_tensors(path.with_suffix(".features.safetensors"), {"feature_ND": measured.feature_ND})
         save_tensors(path.with_suffix(".tokens.safetensors"), {"token_NL": torch.cat(self.tokens)})
         save_tensors(path.with_suffix(".images.safetensors"), {"image_NCHW": torch.cat(self.images)})
-        place = environment()
-        save_json(path, {"made_from": made_from, **asdict(quality), "environment": place})
-        return quality, place
+        save_json(path, {"made_from": made_from, **asdict(quality), "environment": environment()})
 
 
 def _quality(measured: Measured, alignment: float | None, seconds: float, reference: Reference) -> Quality:

@@ -63,9 +63,15 @@ def group(device: str = "cpu") -> Iterator[dist.Store]:
         dist.destroy_process_group()
 
 
-def deal(items: int, shared: dist.Store) -> Iterator[int]:
-    """The numbers 0 ... items - 1, each for one process alone: the one that is ready for it first."""
-    while (number := shared.add("dealt", 1) - 1) < items:
+def deal(items: int, shared: dist.Store, name: str = "dealt") -> Iterator[int]:
+    """The numbers 0 ... items - 1, each for one process alone: the one that is ready for it first.
+
+    Args:
+        items: how many.
+        shared: what `group` gives.
+        name: of this deal, when there are several.
+    """
+    while (number := shared.add(name, 1) - 1) < items:
         yield number
 
 
@@ -86,12 +92,16 @@ def first_acts(act: Callable[[], None]) -> None:
         raise SystemExit(2)
 
 
-def first_waits(shared: dist.Store, look: Callable[[], None]) -> None:
-    """Let the first process wait until all others have come here, too; it calls `look` now and then."""
-    if not is_first():
-        shared.add("here", 1)
-        return
-    while shared.add("here", 0) < world_size() - 1:
+def meet(shared: dist.Store, look: Callable[[], None], name: str = "met") -> None:
+    """Wait until every process has come here, however long; each calls `look` now and then.
+
+    Args:
+        shared: what `group` gives.
+        look: such as a look at the progress of the others.
+        name: of this meeting, when there are several.
+    """
+    shared.add(name, 1)
+    while shared.add(name, 0) < world_size():
         look()
         time.sleep(0.1)
 
