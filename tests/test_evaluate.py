@@ -32,7 +32,7 @@ from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.prompts import CaptionTable
 from distilled_decoding.sampling import Plan
 from distilled_decoding.teacher import TeacherSampling
-from tests import tiny
+from tests import children, tiny
 
 CLASSES, SIZE, MICRO_BATCH = 3, 8, 32
 QUICK = EvaluationSettings(("teacher", "1", "onestep"), num=100, seeds=(0, 1, 2), keep=5)
@@ -382,3 +382,17 @@ def test_a_summary_gives_mean_and_spread_and_never_the_best(extractor, reference
     # Blocks of 16 and 48 tokens.
     assert measured["agreement"]["tokens"]["mean"] == pytest.approx(0.2)
     assert measured["agreement"]["blocks"] == [0.5, 0.1]
+
+
+def test_processes_that_share_an_evaluation_change_no_digit(tmp_path):
+    words = ["evaluate", "fashion-llamagen", "--methods", "1", "2", "--seeds", "0", "1", "--num", "8", "--out"]
+    ranks = children.ranks([*words, tmp_path / "two"], [tmp_path / "first.txt", tmp_path / "second.txt"])
+    alone = children.command([*words, tmp_path / "one"], tmp_path / "alone.txt")
+    assert [children.exit_code(process) for process in (*ranks, alone)] == [0, 0, 0]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")]
+    for one in summaries:
+        for values in one["methods"].values():
+            values.pop("seconds_per_image")
+    assert summaries[0] == summaries[1]
+    for file in (tmp_path / "one").glob("*-seed*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

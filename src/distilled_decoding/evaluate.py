@@ -191,8 +191,12 @@ def evaluate(
         }
         for key, one in methods.items()
     }
+
+    def finished() -> dict[tuple[str, int], tuple[Quality, dict[str, Any]]]:
+        return {key: one for key in keys if (one := _load(_path(out, *key), made_from[key]))}
+
     # All are read before any is made: a folder that does not fit is refused at once, not after hours.
-    found = {key: one for key in keys if (one := _load(_path(out, *key), made_from[key]))}
+    found = finished()
     asked = {name: made_from[name, settings.seeds[0]] for name in settings.methods}
 
     def begin() -> None:
@@ -211,7 +215,7 @@ def evaluate(
             sampled = _Sampled(pipeline, methods[name, seed], number_N, seed, settings.keep, progress, judge)
             sampled.measure(_path(out, name, seed), extractor, reference, made_from[name, seed])
         processes.meet(shared, lambda: progress(0), f"end of turn {needs_teacher:d}")
-    found = {key: _load(_path(out, *key), made_from[key]) for key in keys}
+    found = finished()
     qualities = {key: quality for key, (quality, _) in found.items()}
     likenesses = _compare(out, qualities, settings.seeds, pipeline.teacher.order, reference.statistics)
     return [Run(*key, methods[key].passes, found[key][1], qualities[key], likenesses[key]) for key in keys]
@@ -328,9 +332,7 @@ class _Sampled:
             self.progress(len(image_BCHW))
             begin = perf_counter()
 
-    def measure(
-        self, path: Path, extractor: Extractor, reference: Reference, made_from: Mapping[str, Any]
-    ) -> None:
+    def measure(self, path: Path, extractor: Extractor, reference: Reference, made_from: Mapping[str, Any]) -> None:
         """Score and save the run; its JSON goes last, so that half a run is never taken for one."""
         measured = measure(extractor, self, self.number_N, f"samples of {path.stem}")
         timed = self.seconds[1:] or self.seconds
