@@ -59,6 +59,10 @@ def group(device: str = "cpu") -> Iterator[dist.Store]:
     dist.init_process_group(backend, store=dist.PrefixStore("group", shared), rank=number, world_size=size)
     try:
         yield dist.PrefixStore("shared", shared)
+        # The first process holds what all share, so it leaves last.
+        shared.add("left", 1)
+        while is_first() and shared.add("left", 0) < size:
+            time.sleep(0.01)
     finally:
         dist.destroy_process_group()
 
