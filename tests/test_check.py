@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import lookup, nearest
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Condition, Labels, stand_ins
 from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import Guidance, stand_ins
+from distilled_decoding.teacher import Guidance
 from examples import pixel_teacher
 from tests import tiny
 

@@ -1,12 +1,11 @@
 import pytest
 import torch
 
-from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
 from distilled_decoding.sampling import Plan
 from tests import tiny
 
-CONDITION, KEY_B = Labels.balanced(2, 3), image_keys("sampling", 0, range(2))
+CONDITION, KEY_B = tiny.labels(2), image_keys("sampling", 0, range(2))
 PLANS = [Plan((0,)), Plan((0, 8)), Plan((), ancestral=True), Plan(())]
 
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from distilled_decoding import cli, processes
-from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
 from tests import tiny
 from tests.children import Fault, command, exit_code, ranks
@@ -247,12 +246,12 @@ def test_torchrun_makes_trajectories_and_says_once_what_is_wrong(model: Path, wh
 HALF = """
 import sys
 import numpy as np, torch
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Asked
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 model, out, first, end = sys.argv[1:]
 pipeline, part = Pipeline.from_pretrained(model), slice(int(first), int(end))
-condition, key_N = Labels.balanced(16, 3)[part], image_keys("sampling", 0, range(16))[part]
+condition, key_N = Asked.in_turn(pipeline.table(), 16)[part], image_keys("sampling", 0, range(16))[part]
 np.save(out, torch.cat(list(pipeline.images(pipeline.plan(2), condition, key_N))).numpy())
 """
 
@@ -264,6 +263,6 @@ def test_two_processes_make_the_images_of_one(model: Path, tmp_path: Path) -> No
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
     pipeline = tiny.pipeline()
-    condition, key_N = Labels.balanced(16, 3), image_keys("sampling", 0, range(16))
+    condition, key_N = tiny.labels(16), image_keys("sampling", 0, range(16))
     whole = torch.cat(list(pipeline.images(pipeline.plan(2), condition, key_N))).numpy()
     assert np.array_equal(np.concatenate([np.load(part) for part in parts]), whole)

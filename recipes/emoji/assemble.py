@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 import tyro
-from distilled_decoding.metrics.pictures import Pictures
-from distilled_decoding.text import TextEncoder
 
 from distilled_decoding.families import family
 from distilled_decoding.flow import FlowSettings
+from distilled_decoding.metrics.pictures import Pictures
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.text import TextEncoder
 from recipes.emoji.data import MAX_TOKENS, STYLES, load
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from distilled_decoding.metrics.alignment import Retriever, RetrieverConfig, alignment
 from torch import nn
 
 from distilled_decoding.checkpoint import save_component, save_json
+from distilled_decoding.metrics.alignment import Retriever, RetrieverConfig, alignment
 from recipes.emoji.data import load, moved, normalise
 from recipes.fashion_mnist.data import batch
 from recipes.training import cosine, run, start

@@ -16,11 +16,11 @@ from torch.func import functional_call
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, stand_ins
 from distilled_decoding.losses import corrupt
 from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import Guidance, Teacher, combine_guidance, stand_ins
+from distilled_decoding.teacher import Guidance, Teacher, combine_guidance
 
 _BATCH = 2
 # Of a longer sequence only this many blocks are sampled in a row.
