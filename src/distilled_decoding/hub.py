@@ -7,7 +7,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
-FILES = ("*.json", "*.safetensors", "*.model", "prompts.txt", "README.md")
+from distilled_decoding.checkpoint import PROMPTS
+
+FILES = ("*.json", "*.safetensors", "*.model", PROMPTS, "README.md")
 """All that a pipeline folder holds (`*.model` are tokenizers); what else lies in a repository is not downloaded."""
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distilled_decoding.card import model_card
-from distilled_decoding.checkpoint import fingerprint, load_json, save_json, save_text, sha256
+from distilled_decoding.checkpoint import PROMPTS, fingerprint, load_json, save_json, save_text, sha256
 from distilled_decoding.compiling import compiled
 from distilled_decoding.condition import Asked, Classes, Condition, ConditionTable, Labels
 from distilled_decoding.convert import read_parts
@@ -34,8 +34,6 @@ from distilled_decoding.sampling import Callback, Passes, Plan, check_plan, samp
 from distilled_decoding.teacher import Prefix
 from distilled_decoding.text import ENCODER, TOKENIZER, TextEncoder
 from distilled_decoding.zoo import resolve
-
-_PROMPTS = "prompts.txt"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,7 +114,7 @@ class Pipeline:
         if "student" in index:
             student = reader.load_student(folder).to(device).eval().requires_grad_(False)
             match_student(student, teacher, folder / "student")
-        own = folder / _PROMPTS
+        own = folder / PROMPTS
         pipeline = cls(teacher, student, config, prompts=read_prompts(own) if own.is_file() else ())
         pipeline._text_folder = folder if (folder / ENCODER).is_dir() else None
         pipeline.cast(dtype)
@@ -191,7 +189,7 @@ class Pipeline:
         elif self.config.text_encoder is None and self.text_encoder is not None:
             self.text_encoder.save_pretrained(folder)
         if self.prompts:
-            save_text(folder / _PROMPTS, "".join(f"{prompt}\n" for prompt in self.prompts))
+            save_text(folder / PROMPTS, "".join(f"{prompt}\n" for prompt in self.prompts))
 
     def push_to_hub(
         self, repo_id: str, private: bool = False, token: str | None = None, dtype: torch.dtype = torch.float32
