@@ -196,6 +196,14 @@ class ConditionTable(Protocol):
         """What a manifest keeps of it, as JSON: two tables with one identity hold the same conditions."""
         ...
 
+    def check(self) -> None:
+        """Read once what it lies in on disk, if anywhere.
+
+        Raises:
+            ValueError: something is missing or damaged.
+        """
+        ...
+
     def __len__(self) -> int:
         """How many there are to ask for."""
         ...
@@ -220,6 +228,9 @@ class Classes:
     def identity(self) -> dict[str, Any]:
         """See `ConditionTable.identity`."""
         return {"num_classes": self.num_classes}
+
+    def check(self) -> None:
+        """Nothing lies on disk."""
 
     def __len__(self) -> int:
         return self.num_classes

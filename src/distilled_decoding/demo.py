@@ -69,6 +69,8 @@ def run_demo(model: str, out: Path, fast: bool) -> dict[str, Any]:
     size = FAST if fast else FULL
     begin = perf_counter()
     shipped = Pipeline.from_pretrained(model)
+    if not shipped.num_classes:
+        raise ValueError(f"{model} reads prompts; the demo is for fashion-llamagen and fashion-var, which read classes")
     shipped.plan(2)
     check_reference(zoo.reference(), zoo.extractor("classifier"), shipped.num_classes, shipped.image_shape)
     record(out, "demo", {"teacher": shipped.fingerprint, "seed": _SEED, **asdict(size)}, {"model": model})

@@ -65,6 +65,9 @@ class CaptionTable:
     prompts: list[str]
     identity: dict[str, Any]
 
+    def check(self) -> None:
+        """Nothing lies on disk."""
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -115,6 +118,11 @@ class EncodedPrompts:
         self.prompts = prompts
         self.manifest = manifest
 
+    @staticmethod
+    def made(manifest: Any) -> bool:
+        """Whether a manifest is that of such a folder."""
+        return isinstance(manifest, dict) and {*_IDENTITY, "sha256"} <= set(manifest)
+
     @classmethod
     def open(cls, folder: Path) -> "EncodedPrompts":
         """Open a folder that `encode_prompts` has finished.
@@ -125,7 +133,7 @@ class EncodedPrompts:
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder} holds no encoded prompts (no {MANIFEST}); make them with `encode-prompts`")
         manifest = load_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or not {*_IDENTITY, "sha256"} <= set(manifest):
+        if not cls.made(manifest):
             raise ValueError(f"{folder / MANIFEST} is not a manifest of encoded prompts")
         prompts = read_prompts(folder / PROMPTS)
         if sha256(folder / PROMPTS) != manifest["prompts"]:

@@ -56,14 +56,9 @@ def reference() -> Reference:
 
 
 def emoji_reference(features: Extractor, image_shape: tuple[int, ...]) -> Reference:
-    """The real emoji in any features; they are measured anew.
-
-    Raises:
-        ValueError: there are none of this shape.
-    """
+    """The real emoji of a shape that they have, in any features; they are measured anew."""
     real = emoji(image_shape)
-    if real is None:
-        raise ValueError(f"no real pictures of shape {image_shape} are shipped: give --reference FILE or FOLDER")
+    assert real is not None, image_shape
     return make_reference(features, real.image_NCHW.split(_BATCH), "real emoji")
 
 
