@@ -106,6 +106,11 @@ class Classless(Wrapped):
     num_classes = 0
 
 
+class Captionless(Wrapped):
+    num_classes = 0
+    caption_shape = (12, 0)
+
+
 class FlatCodebook(Wrapped):
     codebook = torch.zeros(16)
 
@@ -340,7 +345,8 @@ class EncodesBeyond(Wrapped):
 BROKEN_TEACHERS = {
     Speechless: "Speechless lacks feed, encode",
     ListOfBlocks: r"order must be a BlockOrder, got \(1, 4, 9\)",
-    Classless: "num_classes must be an integer of at least 1.*, got 0",
+    Classless: "num_classes must be an integer of at least 1.*, got 0 and",
+    Captionless: r"or 0 beside a `caption_shape` of two of them if captions are read, got 0 and \(12, 0\)",
     FlatCodebook: r"codebook must be a tensor \[V, C\] of 2 to 65536 codes, got \(16,\)",
     OneCode: r"codebook must be .*got \(1, 4\)",
     BrokenCodebook: "codebook must be finite everywhere",
