@@ -228,7 +228,13 @@ def mistakes() -> list[tuple[list, str]]:
         (["evaluate", "MODEL", "--out", "e", "--features", "effnet-lite0"], "needs real images: give --reference"),
         (["evaluate", "MODEL", "--out", "e", "--features", "inception"], "--inception-weights"),
         (["report", "nowhere"], "nowhere holds no results of `evaluate`"),
+        (
+            ["trajectories", "MODEL", "--out", "t", "--prompts", "latin.txt"],
+            "not prompts: give labels in 0..2, or leave",
+        ),
+        (["evaluate", "MODEL", "--out", "e", "--prompts", "latin.txt"], "or leave --prompts out"),
         (["verify", "nowhere"], "nowhere holds neither trajectories"),
+        (["verify", "T", "--prompts", "foreign"], "--prompts goes with --repair"),
         (["info", "."], "no model_index.json"),
         (["encode-prompts", "nowhere.txt", "--out", "p"], "nowhere.txt: there is no such file of prompts"),
         (["encode-prompts", "latin.txt", "--out", "p"], "latin.txt is not UTF-8 in line 2"),

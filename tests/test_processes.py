@@ -231,6 +231,17 @@ def test_several_ranks_make_the_trajectories_of_one(model: Path, whole: Path, tm
 
 
 @pytest.mark.slow
+def test_one_of_several_ranks_encodes_the_prompts(tmp_path: Path) -> None:
+    model, file, errors = tmp_path / "model", tmp_path / "names.txt", [tmp_path / "error0", tmp_path / "error1"]
+    tiny.text_pipeline().save_pretrained(model)
+    file.write_text("red apple\n\ngreen apple\n")
+    words = ["trajectories", model, *TRAJECTORIES, "--prompts", file, "--out"]
+    assert exit_code(command([*words, tmp_path / "one"], errors[0])) == 0
+    assert [exit_code(rank) for rank in ranks([*words, tmp_path / "two"], errors)] == [0, 0]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_torchrun_makes_trajectories_and_says_once_what_is_wrong(model: Path, whole: Path, tmp_path: Path) -> None:
     words = ["-m", "--", "distilled_decoding", "trajectories", model, *TRAJECTORIES, "--out", tmp_path / "t", "--json"]
     made = torchrun(*words)
