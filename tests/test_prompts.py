@@ -65,8 +65,10 @@ def test_csv_files_hold_prompts_in_a_column(tmp_path: Path) -> None:
 
 
 def test_parquet_files_hold_prompts_in_a_column(tmp_path: Path) -> None:
-    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    parquet.write_table(arrow.table({"caption": ["red", None, "ä"], "id": [1, 2, 3]}), tmp_path / "p.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"caption": ["red", None, "ä"], "id": [1, 2, 3]}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet", "caption") == ["red", "", "ä"]
     with pytest.raises(ValueError, match="the column 'id' holds 1, which is no text"):
         read_prompts(tmp_path / "p.parquet", "id")
