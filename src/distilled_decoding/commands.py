@@ -184,7 +184,7 @@ def make_trajectories(
             else:
                 asked = pipeline.table(folder).identity
             if folder and (out / MANIFEST).is_file():
-                TrajectoryStore.open(out).refuse_other(asked, _GIVE_PROMPTS)
+                TrajectoryStore.open(out).refuse_other(asked, f"{_GIVE_PROMPTS}, or choose another --out")
             manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint, asked)
             TrajectoryStore.create(out, manifest, num)
             notes = {"model": model, "device": str(pipeline.device), "prompts": prompts}
