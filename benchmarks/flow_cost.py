@@ -18,7 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import stand_ins
 from distilled_decoding.describe import random_weights
 from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.records import environment
@@ -39,7 +39,7 @@ def main(preset: str, batch: int = 64, blocks: int = 4, repeats: int = 3, num_st
     pipeline = random_weights(preset, "cpu", torch.float32)
     teacher, config = pipeline.teacher, pipeline.config
     order, flow = teacher.order, config.flow if num_steps is None else replace(config.flow, num_steps=num_steps)
-    condition, key_B = Labels.balanced(batch, teacher.num_classes), image_keys("trajectories", 0, range(batch))
+    condition, key_B = stand_ins(teacher, batch), image_keys("trajectories", 0, range(batch))
     noise_BLC = gaussian_noise(key_B, order.length, teacher.codebook.shape[1])
     chance = by_chance(order, uniform(key_B, order.length, 1), config.sampling)
     flowing = by_flow(order, noise_BLC, teacher.codebook, config.sampling, flow)

@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 import tyro
 
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Labels, stand_ins
 from distilled_decoding.distill import batch_loss
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.pipeline import Pipeline
@@ -58,7 +58,7 @@ def naive_trajectories(pipeline: Pipeline, num: int = 8) -> float:
         key_1 = image_keys("trajectories", 0, [index])
         noise_1LC = gaussian_noise(key_1, teacher.order.length, teacher.codebook.shape[1])
         choose = by_flow(teacher.order, noise_1LC, teacher.codebook, config.sampling, config.flow)
-        rollout(teacher, Labels.balanced(1, teacher.num_classes), config.sampling.guidance, choose)
+        rollout(teacher, stand_ins(teacher, 1), config.sampling.guidance, choose)
     return num / (perf_counter() - begin)
 
 

@@ -23,7 +23,7 @@ def samples(num=600):
 
 
 def tokens(baseline, num, label=None, seed=0):
-    condition = Labels.balanced(num, CLASSES) if label is None else Labels(torch.full((num,), label), CLASSES)
+    condition = tiny.labels(num, CLASSES) if label is None else Labels(torch.full((num,), label), CLASSES)
     code_BLC = baseline(condition, image_keys("evaluation", seed, range(num)))
     return nearest(code_BLC, PIPE.teacher.codebook)
 
@@ -55,7 +55,7 @@ def test_a_class_without_samples_is_refused():
 
 @pytest.mark.parametrize("baseline", [OneStep(PIPE, *samples()), Skip(PIPE, 5)], ids=["onestep", "skip"])
 def test_an_image_depends_on_its_own_key_and_label_alone(baseline):
-    condition, key_B = Labels.balanced(12, CLASSES), image_keys("evaluation", 0, range(12))
+    condition, key_B = tiny.labels(12, CLASSES), image_keys("evaluation", 0, range(12))
     together = baseline(condition, key_B)
     order = torch.tensor([7, 2, 11])
     assert torch.equal(baseline(condition[order], key_B[order]), together[order])
@@ -89,7 +89,7 @@ def test_skip_draws_each_block_from_the_teacher_given_the_prefix_and_nothing_in_
 @pytest.mark.parametrize("family", ["llamagen", "var"])
 def test_skip_keeps_the_teachers_own_sample_in_front_of_the_gap(family):
     pipe = tiny.pipeline(family=family)
-    order, condition = pipe.teacher.order, Labels.balanced(6, CLASSES)
+    order, condition = pipe.teacher.order, tiny.labels(6, CLASSES)
     key_B = image_keys("evaluation", 0, range(6))
     whole = pipe.codes(pipe.plan("teacher-ancestral"), condition, key_B)
     skipped = Skip(pipe, 2)(condition, key_B)

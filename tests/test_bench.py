@@ -53,6 +53,15 @@ def test_every_way_is_measured_at_every_batch(family: str, tmp_path: Path) -> No
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_a_model_of_captions_is_compiled_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(bench_module, "_TURN", 0.0)
+    summary = bench(tiny.pipeline(family="text"), "tiny", tmp_path, BenchSettings(batches=(2,), repeats=1))
+    assert {"1 step, compiled", "2 steps, compiled", TEACHER} <= {row["name"] for row in summary["ways"]}
+    assert all(run["codes"] for row in summary["ways"] for run in row["runs"])
+
+
 def test_ratios_are_of_medians() -> None:
     def timing(codes: list[float], images: list[float], batch: int = 1) -> bench_module.Timing:
         return bench_module.Timing(batch, codes, images, None)

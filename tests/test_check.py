@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import lookup, nearest
-from distilled_decoding.condition import Condition, Labels
+from distilled_decoding.condition import Condition, Labels, stand_ins
 from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import Guidance, stand_ins
+from distilled_decoding.teacher import Guidance
 from examples import pixel_teacher
 from tests import tiny
 
@@ -104,6 +104,11 @@ class ListOfBlocks(Wrapped):
 
 class Classless(Wrapped):
     num_classes = 0
+
+
+class Captionless(Wrapped):
+    num_classes = 0
+    caption_shape = (12, 0)
 
 
 class FlatCodebook(Wrapped):
@@ -340,7 +345,8 @@ class EncodesBeyond(Wrapped):
 BROKEN_TEACHERS = {
     Speechless: "Speechless lacks feed, encode",
     ListOfBlocks: r"order must be a BlockOrder, got \(1, 4, 9\)",
-    Classless: "num_classes must be an integer of at least 1.*, got 0",
+    Classless: "num_classes must be an integer of at least 1.*, got 0 and",
+    Captionless: r"or 0 beside a `caption_shape` of two of them if captions are read, got 0 and \(12, 0\)",
     FlatCodebook: r"codebook must be a tensor \[V, C\] of 2 to 65536 codes, got \(16,\)",
     OneCode: r"codebook must be .*got \(1, 4\)",
     BrokenCodebook: "codebook must be finite everywhere",

@@ -13,6 +13,7 @@ from distilled_decoding.checkpoint import (
     load_training,
     save_json,
     save_tensors,
+    save_text,
     save_training,
 )
 
@@ -53,6 +54,14 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     save_training(tmp_path / "s", {"model": model}, {"optimizer": optimizer}, 1)
     with pytest.raises(ValueError, match=r"shape \(2, 3\), but the config asks for \(2, 4\)"):
         load_training(tmp_path / "s", {"model": nn.Linear(4, 2)}, {})
+
+
+def test_text_is_utf_8_with_line_ends_as_they_are(tmp_path: Path) -> None:
+    save_text(tmp_path / "a", "ä\n\r\n")
+    assert (tmp_path / "a").read_bytes() == b"\xc3\xa4\n\r\n"
+    (tmp_path / "latin.json").write_bytes(b'"\xe4"')
+    with pytest.raises(ValueError, match=r"latin\.json is not valid JSON"):
+        load_json(tmp_path / "latin.json")
 
 
 def test_files_are_whole_readable_by_all_and_leave_no_parts(tmp_path: Path) -> None:

@@ -159,11 +159,11 @@ def test_prompts_are_encoded_into_a_folder_that_verify_knows(run, encoder: Path,
     code, text, error = run(*words, "--json")
     values = json.loads(text)
     assert code == 0 and (values["prompts"], values["empty"], values["max_tokens"], values["width"]) == (3, 1, 12, 8)
-    warned = 'warning: prompt 2 is longer than 12 tokens and is cut after "…a prompt of"'
+    warned = 'warning: prompt 3 is longer than 12 tokens and is cut after "…a prompt of"'
     assert [line for line in error.splitlines() if "warning" in line] == [warned]
     assert json.loads(run("verify", out, "--json")[1]) == {"kind": "prompts", "problems": []}
     code, _, error = run(*words[:-3], 13, "--out", out)
-    assert code == 2 and "another run: its encoder.max_tokens is 12, not 13; choose another --out" in error
+    assert code == 2 and "another run: its max_tokens is 12, not 13; choose another --out" in error
     (out / "features-00000.safetensors").unlink()
     assert run("verify", out)[0] == 1
 
@@ -228,7 +228,13 @@ def mistakes() -> list[tuple[list, str]]:
         (["evaluate", "MODEL", "--out", "e", "--features", "effnet-lite0"], "needs real images: give --reference"),
         (["evaluate", "MODEL", "--out", "e", "--features", "inception"], "--inception-weights"),
         (["report", "nowhere"], "nowhere holds no results of `evaluate`"),
+        (
+            ["trajectories", "MODEL", "--out", "t", "--prompts", "latin.txt"],
+            "not prompts: give labels in 0..2, or leave",
+        ),
+        (["evaluate", "MODEL", "--out", "e", "--prompts", "latin.txt"], "or leave --prompts out"),
         (["verify", "nowhere"], "nowhere holds neither trajectories"),
+        (["verify", "T", "--prompts", "foreign"], "--prompts goes with --repair"),
         (["info", "."], "no model_index.json"),
         (["encode-prompts", "nowhere.txt", "--out", "p"], "nowhere.txt: there is no such file of prompts"),
         (["encode-prompts", "latin.txt", "--out", "p"], "latin.txt is not UTF-8 in line 2"),

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from distilled_decoding.condition import Asked, Captions, Classes, Labels
+from tests import tiny
 
 
 def captions(num: int) -> Captions:
@@ -24,10 +25,6 @@ def test_labels_are_checked_and_become_int64():
         Labels.checked(torch.tensor([[1]]), 10)
 
 
-def test_balanced_takes_the_labels_in_turn():
-    assert Labels.balanced(7, 3).label_B.tolist() == [0, 1, 2, 0, 1, 2, 0]
-
-
 def test_with_null_is_the_batch_then_its_null():
     both = Labels.checked([2, 0], 3).with_null()
     assert len(both) == 4
@@ -35,19 +32,19 @@ def test_with_null_is_the_batch_then_its_null():
 
 
 def test_slices_and_indices_join_to_the_whole():
-    condition = Labels.balanced(5, 3)
+    condition = tiny.labels(5)
     joined = Labels.cat([condition[:2], condition[torch.tensor([2, 3, 4])]])
     assert torch.equal(joined.label_B, condition.label_B)
     with pytest.raises(ValueError, match=r"\[3, 4\]"):
-        Labels.cat([condition, Labels.balanced(1, 4)])
+        Labels.cat([condition, tiny.labels(1, 4)])
 
 
 def test_to_moves_the_labels():
-    assert Labels.balanced(2, 2).to("meta").label_B.device.type == "meta"
+    assert tiny.labels(2, 2).to("meta").label_B.device.type == "meta"
 
 
 def test_a_condition_of_the_kind_required_comes_back_as_it_is():
-    labels, text = Labels.balanced(2, 3), captions(2)
+    labels, text = tiny.labels(2), captions(2)
     assert Labels.require(labels) is labels and Captions.require(text) is text
     with pytest.raises(ValueError, match="reads Labels, got Captions; give Labels"):
         Labels.require(text)

@@ -260,6 +260,8 @@ def test_a_text_model_reads_with_the_encoder_that_it_names(text_files: list[Path
     loaded = Pipeline.from_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "text_encoder").exists()
     assert loaded.require_text_encoder().identity == tiny.text_encoder().identity
+    with pytest.raises(ValueError, match="no folder './typo'; --text-encoder takes a folder or a hub id owner/name"):
+        commands.with_text_encoder(pipe, "./typo")
     asked = {"prompts": ["red", ""], "steps": "teacher-ancestral"}
     assert torch.equal(loaded(**asked).code_BLC, pipe(**asked).code_BLC)
 

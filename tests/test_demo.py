@@ -26,6 +26,12 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "model")
 
 
+def test_a_model_of_captions_is_told_which_models_the_demo_is_for(tmp_path: Path) -> None:
+    tiny.pipeline(family="text").save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="reads prompts; the demo is for fashion-llamagen and fashion-var"):
+        run_demo(str(tmp_path / "text"), tmp_path / "demo", fast=True)
+
+
 def test_both_sizes_live_in_one_folder_and_learn_the_models_starts(model: str, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     for fast in (True, False):

@@ -131,7 +131,7 @@ def test_every_method_of_a_real_pipeline_is_measured(extractor, reference, tmp_p
 def test_a_run_is_what_measuring_all_its_images_at_once_gives(extractor, reference, tmp_path):
     pipeline = StubPipeline()
     quality = of(run(pipeline, extractor, reference, tmp_path), "teacher")[1].quality
-    condition, key_B = Labels.balanced(100, CLASSES), image_keys("evaluation", 1, range(100))
+    condition, key_B = tiny.labels(100, CLASSES), image_keys("evaluation", 1, range(100))
     code_BLC = pipeline.codes(pipeline.plan("teacher"), condition, key_B)
     image_NCHW = to_uint8(pipeline.teacher.decode(code_BLC))
     whole = make_reference(extractor, [image_NCHW], "all")

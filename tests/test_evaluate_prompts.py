@@ -18,12 +18,12 @@ SETTINGS = EvaluationSettings(("teacher", "1"), num=20, seeds=(0,), keep=4)
 
 
 class ColourPipeline(TextPipeline):
-    """Its images in three equal channels, asked for by the prompts that it ships."""
+    """Its images in three equal channels, asked for by the prompts of any folder."""
 
     image_shape = (3, SIZE, SIZE)
 
-    def table(self, prompts, column):
-        assert prompts is column is None
+    def table(self, prompts, column=None):
+        assert prompts.is_dir() and column is None
         return TABLE
 
     def generate(self, codes, condition, key_B):
@@ -49,13 +49,14 @@ def shown(monkeypatch, tmp_path):
 
 
 def test_a_model_of_captions_is_measured_against_emoji_and_by_the_names_of_its_prompts(shown, tmp_path):
-    values = commands.evaluate_model("text", ColourPipeline(), tmp_path / "out", SETTINGS)
+    values = commands.evaluate_model("text", ColourPipeline(), tmp_path / "out", SETTINGS, prompts=tmp_path)
     assert values["features"]["name"] == "effnet-lite0"
     assert values["reference"]["images"] == "real emoji" and values["reference"]["count"] == 60
     assert values["methods"]["teacher"]["alignment"] and not values["methods"]["teacher"]["accuracy"]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "FD-EffLite0" in text and "| alignment |" in text and "of 3 prompts in turn" in text
-    assert commands.evaluate_model("text", ColourPipeline(), tmp_path / "out", SETTINGS) == values
+    again = commands.evaluate_model("text", ColourPipeline(), tmp_path / "out", SETTINGS, prompts=tmp_path)
+    assert again == values
 
 
 def test_real_pictures_are_judged_by_the_prompts_that_were_asked_for(shown):
@@ -69,6 +70,16 @@ def test_nothing_is_said_of_prompts_without_a_known_name_or_of_pictures_of_anoth
     assert zoo.judge(["a dog on the moon"], (3, SIZE, SIZE)) is None
     assert zoo.judge(TABLE.prompts, (3, 2 * SIZE, SIZE)) is None
     assert zoo.judge(["name 99"], (3, SIZE, SIZE)).real is None
+
+
+def test_where_no_emoji_of_their_shape_are_shipped_real_images_are_asked_for(shown, monkeypatch, tmp_path):
+    pipeline = ColourPipeline()
+    for folder, shape in ((tmp_path / "zoo", (3, 2 * SIZE, SIZE)), (tmp_path / "empty", (3, SIZE, SIZE))):
+        monkeypatch.setattr(zoo, "FOLDER", folder)
+        pipeline.image_shape = shape
+        with pytest.raises(ValueError, match=f"pictures of 3x{shape[1]}x8 are shipped: give --reference"):
+            commands.evaluate_model("text", pipeline, tmp_path / "out", SETTINGS, prompts=tmp_path)
+    assert zoo.judge(TABLE.prompts, (3, SIZE, SIZE)) is None and not (tmp_path / "out").exists()
 
 
 def test_other_features_of_a_model_of_captions_need_real_images(tmp_path):

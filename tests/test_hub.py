@@ -141,6 +141,11 @@ def test_a_refusal_is_one_sentence_before_anything_is_written(
     assert api.calls[-1][0] == "create"
 
 
+def test_a_text_encoder_in_a_folder_of_its_own_is_not_pushed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lies in /models/t5, where nobody else .* with_settings\(text_encoder="):
+        PIPE.with_settings(text_encoder="/models/t5").push_to_hub("toy/model")
+
+
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "toy/no spaces", "toy/-model"])
 def test_a_bad_id_is_refused_without_a_network(repo_id: str) -> None:
     with pytest.raises(ValueError, match=repo_id):

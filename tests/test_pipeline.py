@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distilled_decoding.checkpoint import save_component
-from distilled_decoding.condition import Labels
 from distilled_decoding.families.llamagen.student import LlamaGenStudent
 from distilled_decoding.images import grid, to_uint8
 from distilled_decoding.noise import image_keys
@@ -25,7 +24,7 @@ MORE_THAN_A_BATCH = {"labels": [2, 0, 1, 1] * 3, "seeds": range(5, 17)}
 
 def all_images(pipe: Pipeline, num: int, steps: int | str = 1) -> torch.Tensor:
     key_B = image_keys("sampling", 0, range(num))
-    return torch.cat(list(pipe.images(pipe.plan(steps), Labels.balanced(num, 3), key_B)))
+    return torch.cat(list(pipe.images(pipe.plan(steps), tiny.labels(num), key_B)))
 
 
 def test_saved_and_loaded_gives_the_same_images(tmp_path: Path) -> None:
@@ -58,7 +57,7 @@ def test_without_a_student_only_the_teacher_samples(tmp_path: Path) -> None:
 def test_image_i_depends_on_its_key_and_label_alone(steps: int | str) -> None:
     few, many = all_images(PIPE, 3, steps), all_images(PIPE, 13, steps)
     assert torch.equal(few, many[:3])
-    condition, key_B = Labels.balanced(13, 3), image_keys("sampling", 0, range(13))
+    condition, key_B = tiny.labels(13), image_keys("sampling", 0, range(13))
     order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
     shuffled = torch.cat(list(PIPE.images(PIPE.plan(steps), condition[order], key_B[order])))
     assert torch.equal(shuffled, many[order])
@@ -216,7 +215,7 @@ def test_what_is_not_finite_is_refused(output: str) -> None:
 def test_a_decoder_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIPE.teacher, "decode", lambda code_BLC: torch.full((len(code_BLC), 1, 8, 8), torch.inf))
     with pytest.raises(ValueError, match="output is not finite"):
-        next(PIPE.images(PIPE.plan(), Labels.balanced(2, 3), image_keys("sampling", 0, range(2))))
+        next(PIPE.images(PIPE.plan(), tiny.labels(2), image_keys("sampling", 0, range(2))))
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from distilled_decoding import cli, processes
-from distilled_decoding.condition import Labels
 from distilled_decoding.noise import image_keys
 from tests import tiny
 from tests.children import Fault, command, exit_code, ranks
@@ -232,6 +231,17 @@ def test_several_ranks_make_the_trajectories_of_one(model: Path, whole: Path, tm
 
 
 @pytest.mark.slow
+def test_one_of_several_ranks_encodes_the_prompts(tmp_path: Path) -> None:
+    model, file, errors = tmp_path / "model", tmp_path / "names.txt", [tmp_path / "error0", tmp_path / "error1"]
+    tiny.text_pipeline().save_pretrained(model)
+    file.write_text("red apple\n\ngreen apple\n")
+    words = ["trajectories", model, *TRAJECTORIES, "--prompts", file, "--out"]
+    assert exit_code(command([*words, tmp_path / "one"], errors[0])) == 0
+    assert [exit_code(rank) for rank in ranks([*words, tmp_path / "two"], errors)] == [0, 0]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_torchrun_makes_trajectories_and_says_once_what_is_wrong(model: Path, whole: Path, tmp_path: Path) -> None:
     words = ["-m", "--", "distilled_decoding", "trajectories", model, *TRAJECTORIES, "--out", tmp_path / "t", "--json"]
     made = torchrun(*words)
@@ -247,12 +257,12 @@ def test_torchrun_makes_trajectories_and_says_once_what_is_wrong(model: Path, wh
 HALF = """
 import sys
 import numpy as np, torch
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Asked
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 model, out, first, end = sys.argv[1:]
 pipeline, part = Pipeline.from_pretrained(model), slice(int(first), int(end))
-condition, key_N = Labels.balanced(16, 3)[part], image_keys("sampling", 0, range(16))[part]
+condition, key_N = Asked.in_turn(pipeline.table(), 16)[part], image_keys("sampling", 0, range(16))[part]
 np.save(out, torch.cat(list(pipeline.images(pipeline.plan(2), condition, key_N))).numpy())
 """
 
@@ -264,6 +274,6 @@ def test_two_processes_make_the_images_of_one(model: Path, tmp_path: Path) -> No
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
     pipeline = tiny.pipeline()
-    condition, key_N = Labels.balanced(16, 3), image_keys("sampling", 0, range(16))
+    condition, key_N = tiny.labels(16), image_keys("sampling", 0, range(16))
     whole = torch.cat(list(pipeline.images(pipeline.plan(2), condition, key_N))).numpy()
     assert np.array_equal(np.concatenate([np.load(part) for part in parts]), whole)

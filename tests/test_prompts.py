@@ -10,7 +10,14 @@ import torch
 from distilled_decoding import prompts as module
 from distilled_decoding.condition import Captions
 from distilled_decoding.progress import Stopped
-from distilled_decoding.prompts import EncodedPrompts, encode_prompts, prompt_identity, prompt_table, read_prompts
+from distilled_decoding.prompts import (
+    EncodedPrompts,
+    encode_prompts,
+    is_encoded,
+    prompt_identity,
+    prompt_table,
+    read_prompts,
+)
 from distilled_decoding.text import TextEncoder
 from tests import tiny
 
@@ -53,11 +60,15 @@ def test_csv_files_hold_prompts_in_a_column(tmp_path: Path) -> None:
     path = written(tmp_path, "p.csv", '\ufeffcaption,id\n"red, ripe ""apple""\nbig",1\n,2\nä\n')
     assert read_prompts(path, "caption") == ['red, ripe "apple"\nbig', "", "ä"]
     assert read_prompts(path, "id") == ["1", "2", ""]
+    assert read_prompts(written(tmp_path, "one.csv", "caption\nred\n\nblue\n"), "caption") == ["red", "", "blue"]
+    assert read_prompts(written(tmp_path, "two.csv", "caption,id\nred,1\n\nblue,2\n"), "caption") == ["red", "blue"]
 
 
 def test_parquet_files_hold_prompts_in_a_column(tmp_path: Path) -> None:
-    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    parquet.write_table(arrow.table({"caption": ["red", None, "ä"], "id": [1, 2, 3]}), tmp_path / "p.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"caption": ["red", None, "ä"], "id": [1, 2, 3]}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet", "caption") == ["red", "", "ä"]
     with pytest.raises(ValueError, match="the column 'id' holds 1, which is no text"):
         read_prompts(tmp_path / "p.parquet", "id")
@@ -150,7 +161,10 @@ def test_the_identity_tells_texts_encoders_and_lengths_apart(encoder: TextEncode
     assert prompt_identity(encoder, [f" {prompt.upper()}" for prompt in PROMPTS]) == identity
     others = [PROMPTS[::-1], PROMPTS[:-1], ["red apple \n", *PROMPTS[1:3], "ö", *PROMPTS[4:]]]
     assert len({prompt_identity(encoder, other)["prompts"] for other in others} - {identity["prompts"]}) == 3
-    assert prompt_identity(tiny.text_encoder(13), PROMPTS)["encoder"] != identity["encoder"]
+    assert prompt_identity(tiny.text_encoder(13), PROMPTS) == {**identity, "max_tokens": 13}
+    other = tiny.text_encoder()
+    other.encoder.shared.weight.mul_(2)
+    assert prompt_identity(other, PROMPTS)["encoder"] != identity["encoder"]
 
 
 class Stopping:
@@ -182,7 +196,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(encoder: TextEncoder, small: No
 
 def test_a_damaged_file_is_found_and_made_again(encoder: TextEncoder, small: None, tmp_path: Path) -> None:
     found, path = encode_prompts(encoder, PROMPTS, tmp_path), tmp_path / "features-00001.safetensors"
-    assert found.problems() == []
+    assert found.problems() == [] and is_encoded(tmp_path, PROMPTS) and not is_encoded(tmp_path, PROMPTS[:-1])
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"\xff")
     assert found.problems() == [f"{path} is damaged: its hash is not the manifest's"]
@@ -190,7 +204,9 @@ def test_a_damaged_file_is_found_and_made_again(encoder: TextEncoder, small: Non
     with pytest.raises(ValueError, match=f"{path} cannot be read .* `verify {tmp_path}`"):
         found[torch.tensor([0, 4])]
     path.unlink()
-    assert found.problems() == [f"{path} is missing"]
+    assert found.problems() == [f"{path} is missing"] and not is_encoded(tmp_path, PROMPTS)
+    with pytest.raises(ValueError, match=f"{path} is missing; `encode-prompts .*prompts.txt --out {tmp_path}`"):
+        found.check()
     for content in whole[:-1] + b"\xff", None:
         if content:
             path.write_bytes(content)
@@ -208,7 +224,7 @@ def refused(encoder: TextEncoder, prompts: Sequence[str], folder: Path, message:
 def test_a_folder_of_something_else_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
     encode_prompts(encoder, ["red"], tmp_path / "own")
     refused(encoder, ["blue"], tmp_path / "own", "holds another run: its prompts is .* choose another --out")
-    refused(tiny.text_encoder(13), ["red"], tmp_path / "own", "its encoder.max_tokens is 12, not 13")
+    refused(tiny.text_encoder(13), ["red"], tmp_path / "own", "its max_tokens is 12, not 13")
     (tmp_path / "other").mkdir()
     written(tmp_path / "other", "a", "b")
     refused(encoder, ["red"], tmp_path / "other", "is not empty")
@@ -222,6 +238,7 @@ def test_texts_that_were_changed_afterwards_are_refused(encoder: TextEncoder, tm
     written(tmp_path, "prompts.txt", "red\nblue\n")
     with pytest.raises(ValueError, match=r"prompts\.txt has changed since it was encoded"):
         EncodedPrompts.open(tmp_path)
+    assert encode_prompts(encoder, ["red", ""], tmp_path).prompts == ["red", ""]
     written(tmp_path, "manifest.json", "{}")
     with pytest.raises(ValueError, match="is not a manifest of encoded prompts"):
         EncodedPrompts.open(tmp_path)
@@ -231,6 +248,6 @@ def test_a_prompt_that_is_too_long_is_counted_in_the_whole_file(
     encoder: TextEncoder, small: None, tmp_path: Path
 ) -> None:
     prompts = [*PROMPTS, "a very long prompt", "another long prompt"]
-    with pytest.warns(UserWarning, match="^2 prompts are too long: prompt 7 is longer") as caught:
+    with pytest.warns(UserWarning, match="^2 prompts are too long: prompt 8 is longer") as caught:
         encode_prompts(encoder, prompts, tmp_path)
     assert len(caught) == 1

@@ -2,14 +2,13 @@ import pytest
 import torch
 
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Labels
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.sampling import Passes, Plan, check_plan, jump, sample, spread_schedule
 from distilled_decoding.teacher import by_flow, rollout
 from tests import tiny
 
 PIPE = tiny.pipeline()
-CONDITION = Labels.balanced(6, 3)
+CONDITION = tiny.labels(6)
 KEY_B = image_keys("sampling", 0, range(6))
 
 

@@ -136,11 +136,11 @@ def test_logits_that_are_not_numbers_are_an_error(how: str) -> None:
     flow = by_flow(teacher.order, gaussian_noise(key_B, 16, 4), teacher.codebook, tiny.SAMPLING, tiny.FLOW)
     choose = flow if how == "flow" else by_chance(teacher.order, uniform(key_B, 16, 1), tiny.SAMPLING)
     with pytest.raises(ValueError, match="holds nan|not finite"):
-        rollout(teacher, Labels.balanced(2, 3), tiny.SAMPLING.guidance, choose)
+        rollout(teacher, tiny.labels(2), tiny.SAMPLING.guidance, choose)
 
 
 def test_a_prefix_is_kept_and_continued() -> None:
-    teacher, condition = tiny.teacher(), Labels.balanced(4, 3)
+    teacher, condition = tiny.teacher(), tiny.labels(4)
     noise_BLC = gaussian_noise(image_keys("sampling", 0, range(4)), 16, 4)
     choose = by_flow(teacher.order, noise_BLC, teacher.codebook, tiny.SAMPLING, tiny.FLOW)
     whole_BL = rollout(teacher, condition, tiny.SAMPLING.guidance, choose)

@@ -1,5 +1,6 @@
 """Text encoders on a tiny T5 that reads bytes: no files, no network."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -82,10 +83,10 @@ def test_too_long_a_prompt_is_cut_with_one_warning_that_says_where(encoder: Text
     with pytest.warns(UserWarning) as caught:
         captions = encoder.encode(["a", "eleven byte is the most", "x" * 12])
     assert [str(warning.message) for warning in caught] == [
-        '2 prompts are too long: prompt 1 is longer than 12 tokens and is cut after "…eleven byte"'
+        '2 prompts are too long: prompt 2 is longer than 12 tokens and is cut after "…eleven byte"'
     ]
     torch.testing.assert_close(captions.feature_BTF[1], encoder.encode(["eleven byte"]).feature_BTF[0])
-    with pytest.warns(UserWarning, match='^prompt 0 is longer than 12 tokens and is cut after "…x{11}"$'):
+    with pytest.warns(UserWarning, match='^prompt 1 is longer than 12 tokens and is cut after "…x{11}"$'):
         encoder.encode(["x" * 12])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -131,11 +132,11 @@ def test_what_is_saved_is_loaded_in_float32_from_two_folders_or_one(encoder: Tex
     assert not any(parameter.requires_grad for parameter in halved.encoder.parameters())
 
 
-def test_the_identity_is_of_tokenizer_weights_and_length(encoder: TextEncoder) -> None:
-    identity = encoder.identity
-    assert (identity["tokenizer"], identity["max_tokens"]) == ("ByT5Tokenizer", MAX_TOKENS)
-    assert len(identity["weights"]) == 64 and tiny.text_encoder(MAX_TOKENS).identity == identity
-    assert tiny.text_encoder(MAX_TOKENS + 1).identity != identity
+def test_the_identity_is_of_vocabulary_and_weights(encoder: TextEncoder) -> None:
+    assert tiny.text_encoder(MAX_TOKENS + 1).identity == encoder.identity
+    words = type(encoder.tokenizer)(extra_ids=3)
+    other = TextEncoder(encoder.encoder, words, MAX_TOKENS).identity
+    assert {name for name, value in other.items() if value != encoder.identity[name]} == {"tokenizer"}
 
 
 def test_loading_says_nothing_and_leaves_transformers_as_it_was(
@@ -172,6 +173,29 @@ def test_weights_of_another_model_are_no_encoder(encoder: TextEncoder, tmp_path:
     save_file({"x": torch.zeros(1)}, tmp_path / "text_encoder" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="holds no T5 encoder, which would have 'encoder.block.0"):
         TextEncoder.from_pretrained(tmp_path, MAX_TOKENS)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(encoder: TextEncoder, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    encoder.save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path / "text_tokenizer")
+    with pytest.raises(ValueError, match="text_tokenizer holds a tokenizer that puts no end token behind a text"):
+        TextEncoder.from_pretrained(tmp_path, MAX_TOKENS)
+
+
+def test_no_code_of_a_folder_is_run(encoder: TextEncoder, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path)
+    folder = tmp_path / "text_tokenizer"
+    config = {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": ["words.Words", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "words.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(ValueError, match="holds no text encoder"):
+        TextEncoder.from_pretrained(tmp_path, MAX_TOKENS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_transformers_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,24 @@
 """Models of captions from prompts to images: a tiny teacher behind a tiny T5 of bytes."""
 
+import gc
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from distilled_decoding import commands
+from distilled_decoding import commands, describe
+from distilled_decoding.condition import Captions
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, problems
 from distilled_decoding.prompts import encode_prompts
 from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.text import TextEncoder
 from distilled_decoding.training_command import distill_student
 from tests import tiny
 
@@ -38,10 +42,19 @@ def test_an_image_follows_from_its_prompt_and_seed(pipe: Pipeline) -> None:
 
 
 def test_an_empty_prompt_is_the_null_caption(pipe: Pipeline) -> None:
-    condition = pipe.table(["", "red apple"])[torch.tensor([0])]
-    assert condition.null_B.all()
-    key_1 = image_keys("image", 3, [0])
-    assert torch.allclose(codes(pipe, [""], [3]), pipe.codes(pipe.plan(2), condition, key_1), atol=1e-5)
+    mask_BT = torch.arange(12)[None] == 11
+    null, key_1 = Captions(torch.randn(1, 12, 8), mask_BT, torch.tensor([True])), image_keys("image", 3, [0])
+    assert torch.allclose(codes(pipe, [""], [3]), pipe.codes(pipe.plan(2), null, key_1), atol=1e-5)
+
+
+def test_many_prompts_are_encoded_in_parts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, parts = TextEncoder.features, []
+    monkeypatch.setattr("distilled_decoding.prompts._BATCH", 2)
+    monkeypatch.setattr(TextEncoder, "features", lambda *given: parts.append(len(given[1])) or features(*given))
+    prompts = ["red apple", "face", "", "green apple", "face"]
+    together_BLC = codes(pipe, prompts, [0, 1, 2, 3, 4])
+    assert parts == [2, 2, 1]
+    assert torch.allclose(together_BLC[4:], codes(pipe, ["face"], [4]), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +85,7 @@ def test_a_model_of_classes_reads_no_prompts(tmp_path: Path) -> None:
             "x", classes, tmp_path, 8, tiny.trajectory_settings(), prompts=tmp_path / "prompts.txt"
         ),
     ):
-        with pytest.raises(ValueError, match=r"this model reads classes, not prompts: give labels in 0\.\.2"):
+        with pytest.raises(ValueError, match=r"not prompts: give labels in 0\.\.2, or leave --prompts out"):
             ask()
 
 
@@ -84,6 +97,17 @@ def test_without_an_encoder_or_prompts_a_model_says_what_it_needs(tmp_path: Path
         bare.table()
     with pytest.raises(ValueError, match="column 'name' goes with a .csv or .parquet file"):
         bare.table(["face"], column="name")
+    with pytest.raises(ValueError, match="is a folder, which has no columns; leave the column 'name' out"):
+        bare.table(tmp_path, column="name")
+
+
+def test_a_text_encoder_is_given_or_named_and_told_of(pipe: Pipeline) -> None:
+    bare = tiny.pipeline(family="text")
+    named = bare.with_settings(text_encoder="google/flan-t5-xl")
+    sources = [describe.info(model)["captions"]["text_encoder"] for model in (pipe, bare, named)]
+    assert sources == ["in the folder", None, "google/flan-t5-xl"]
+    with pytest.raises(ValueError, match="a text encoder is given and 'google/flan-t5-xl' is named; leave one"):
+        Pipeline(pipe.teacher, None, named.config, pipe.text_encoder)
 
 
 def test_a_folder_keeps_encoder_and_prompts_and_needs_no_transformers_to_be_copied(
@@ -124,9 +148,11 @@ def test_prompts_are_asked_for_by_number(pipe: Pipeline, tmp_path: Path) -> None
         pipe.table(tmp_path / "longer")
 
 
-def sampled(pipe: Pipeline, out: Path, labels: tuple[int, ...] = (), prompts: tuple[str, ...] = ()) -> np.ndarray:
-    """The numbers that the evaluator's file has for five images."""
-    run = commands.SampleRun("toy", labels, prompts, 5, 1, None, None, "causal", 0)
+def sampled(
+    pipe: Pipeline, out: Path, labels: tuple[int, ...] = (), prompts: tuple[str, ...] = (), num: int = 5
+) -> np.ndarray:
+    """The numbers that the evaluator's file has for each image."""
+    run = commands.SampleRun("toy", labels, prompts, num, 1, None, None, "causal", 0)
     commands.sample_images(run, pipe, out, None, out.with_suffix(".npz"))
     return np.load(out.with_suffix(".npz"))["arr_1"]
 
@@ -136,6 +162,12 @@ def test_sample_takes_prompts_in_turn_or_the_models_own(pipe: Pipeline, tmp_path
     assert sampled(pipe, tmp_path / "own").tolist() == [0, 1, 2, 0, 1]
     same, other = ((tmp_path / folder / "000000.png").read_bytes() for folder in ("given", "own"))
     assert same != other
+    assert sampled(pipe, tmp_path / "first", num=2).tolist() == [0, 1]
+    noted = {
+        folder: json.loads((tmp_path / folder / "run.json").read_text())["notes"]["prompts"]
+        for folder in ("given", "own", "first")
+    }
+    assert noted == {"given": ["face", "red apple"], "own": list(OWN), "first": list(OWN[:2])}
     with pytest.raises(ValueError, match="this model reads prompts, not labels"):
         sampled(pipe, tmp_path / "labels", labels=(0,))
     with pytest.raises(ValueError, match="give --labels or --prompt, not both"):
@@ -154,6 +186,7 @@ def test_trajectories_come_from_a_file_or_from_a_folder_and_training_compares(pi
     store = TrajectoryStore.open(out)
     assert store[torch.arange(3)].label_N.tolist() == [0, 1, 0]
     bare = Pipeline(pipe.teacher, None, pipe.config)  # as without an encoder
+    assert commands.make_trajectories("toy", bare, out, 24, settings, prompts=file, column="name")["made"] == 0
     commands.make_trajectories("toy", bare, tmp_path / "again", 24, settings, prompts=out / "prompts")
     again = TrajectoryStore.open(tmp_path / "again")
     assert again.identity == store.identity and not (tmp_path / "again" / "prompts").exists()
@@ -161,11 +194,41 @@ def test_trajectories_come_from_a_file_or_from_a_folder_and_training_compares(pi
     with pytest.raises(ValueError, match="holds another run: its prompts is"):
         commands.make_trajectories("toy", pipe, out, 24, settings, prompts=file, column="name")
     training = DistillSettings(num_updates=1, batch_size=4, bf16=False)
-    with pytest.raises(ValueError, match="prompts holds no encoded prompts"):
+    give = "give the folder of the prompts that they were made with: --prompts FOLDER"
+    with pytest.raises(ValueError, match=f"the prompts of .*again are not beneath it; {give}"):
         distill_student("toy", bare, again, tmp_path / "student", training)
+    with pytest.raises(ValueError, match=f'its prompts is "\\w+", not "\\w+"; {give}'):
+        commands.make_trajectories("toy", pipe, tmp_path / "again", 32, settings)
     encode_prompts(pipe.text_encoder, ["face", "green apple"], tmp_path / "others")
-    with pytest.raises(ValueError, match=r'its prompts is "\w+", not "\w+"; give the folder of the prompts that they'):
+    with pytest.raises(ValueError, match=f'its prompts is "\\w+", not "\\w+"; {give}'):
         distill_student("toy", bare, again, tmp_path / "student", training, prompts=tmp_path / "others")
+
+
+def test_damaged_features_are_found_and_not_trained_on(pipe: Pipeline, tmp_path: Path) -> None:
+    out, settings = tmp_path / "t", tiny.trajectory_settings()
+    commands.make_trajectories("toy", pipe, out, 8, settings)
+    assert commands.verify(out) == {"kind": "trajectories", "problems": []}
+    path = out / "prompts" / "features-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    damaged = f"{path} is damaged: its hash is not the manifest's"
+    assert commands.verify(out)["problems"] == [damaged]
+    assert commands.verify(out / "prompts") == {"kind": "prompts", "problems": [damaged]}
+    training = DistillSettings(num_updates=1, batch_size=4, bf16=False)
+    with pytest.raises(ValueError, match=damaged):
+        distill_student("toy", pipe, TrajectoryStore.open(out), tmp_path / "student", training)
+    with pytest.raises(ValueError, match=damaged):
+        commands.make_trajectories("toy", pipe, tmp_path / "other", 8, settings, prompts=out / "prompts")
+    (out / "prompts" / "prompts.txt").write_text("face\n")
+    assert "prompts.txt has changed since it was encoded" in commands.verify(out)["problems"][0]
+
+
+def test_the_encoder_goes_when_the_prompts_are_encoded(pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = Pipeline.from_pretrained(tmp_path / "model")
+    encoder = weakref.ref(loaded.text_encoder)
+    commands.make_trajectories("toy", loaded, tmp_path / "t", 8, tiny.trajectory_settings())
+    gc.collect()
+    assert encoder() is None and loaded.text_encoder is not None
 
 
 @pytest.mark.slow
@@ -196,6 +259,7 @@ def test_from_a_prompt_file_to_a_student(pipe: Pipeline, tmp_path: Path, monkeyp
     run("sample", out, "--prompt", "red apple", "green apple", "--num", 3, "--steps", 2, "--out", tmp_path / "images")
     assert len(list((tmp_path / "images").glob("*.png"))) == 3
     (shards / "shard-00000.json").unlink()
+    (shards / "prompts" / "features-00000.safetensors").unlink()
     run("verify", shards, "--repair", tmp_path / "teacher")
     assert torch.equal(TrajectoryStore.open(shards)[torch.arange(64)].token_NL, shard.token_NL)
     shutil.move(shards / "prompts", tmp_path / "prompts")

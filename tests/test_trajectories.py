@@ -6,7 +6,6 @@ import torch
 
 from distilled_decoding import trajectories
 from distilled_decoding.commands import make_trajectories
-from distilled_decoding.condition import Labels
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.store import TrajectoryStore
@@ -31,7 +30,7 @@ def test_a_trajectory_is_the_flow_map_of_its_own_noise(tmp_path: Path) -> None:
     shard = tiny.shard(tmp_path, PIPE, num=8)
     noise_BLC = gaussian_noise(image_keys("trajectories", 0, range(8)), 16, 4)
     choose = by_flow(PIPE.teacher.order, noise_BLC, PIPE.teacher.codebook, tiny.SAMPLING, tiny.FLOW)
-    token_BL = rollout(PIPE.teacher, Labels.balanced(8, 3), tiny.SAMPLING.guidance, choose)
+    token_BL = rollout(PIPE.teacher, tiny.labels(8), tiny.SAMPLING.guidance, choose)
     assert torch.equal(shard.token_NL, token_BL)
     assert shard.label_N.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from distilled_decoding.condition import Classes, ConditionTable
+from distilled_decoding.condition import Asked, Classes, Condition, ConditionTable, stand_ins
 from distilled_decoding.families import family as family_of
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
@@ -19,7 +19,7 @@ from distilled_decoding.metrics.reference import Reference, make_reference
 from distilled_decoding.pipeline import Pipeline, PipelineConfig
 from distilled_decoding.prompts import CaptionTable
 from distilled_decoding.store import Shard, TrajectoryStore
-from distilled_decoding.teacher import Teacher, TeacherSampling, stand_ins
+from distilled_decoding.teacher import Teacher, TeacherSampling
 from distilled_decoding.text import TextEncoder
 from distilled_decoding.trajectories import TrajectorySettings, generate
 
@@ -100,6 +100,11 @@ def text_pipeline(student: bool = True) -> Pipeline:
     """From prompts: it has an encoder, and three prompts of its own."""
     bare = pipeline(student, "text")
     return Pipeline(bare.teacher, bare.student, bare.config, text_encoder(), ["red apple", "", "a face"])
+
+
+def labels(num: int, num_classes: int = 3) -> Condition:
+    """The labels in turn."""
+    return Asked.in_turn(Classes(num_classes), num)[:]
 
 
 def table(teacher: Teacher) -> ConditionTable:

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -104,8 +103,11 @@ def _package(name: str, folder: Path) -> dict[str, bytes]:
         subprocess.run(["npm", "pack", "--silent", name], cwd=folder, check=True)
         found = list(folder.glob("*.tgz"))
     kinds = (".png", ".webp", ".svg", ".json")
+    # Many pictures in one; OpenMoji's sources, and its pictures without colour.
+    others = ("/sheets", "/src/", "/black/")
     with tarfile.open(found[0]) as archive:
-        wanted = [m for m in archive if m.isfile() and m.name.endswith(kinds) and "/sheets" not in m.name]
+        files = [m for m in archive if m.isfile() and m.name.endswith(kinds)]
+        wanted = [m for m in files if not any(other in m.name for other in others)]
         return {Path(m.name).name.lower(): archive.extractfile(m).read() for m in wanted}  # type: ignore[union-attr]
 
 
@@ -114,11 +116,7 @@ def _pixels(name: str, data: bytes) -> np.ndarray:
     if name.endswith(".svg"):
         from resvg_py import svg_to_bytes
 
-        drawing = ElementTree.fromstring(data)
-        # OpenMoji's sources hold the grid that they were drawn on.
-        for grid in [part for part in drawing if part.get("id") == "grid"]:
-            drawing.remove(grid)
-        data = bytes(svg_to_bytes(svg_string=ElementTree.tostring(drawing, "unicode"), width=128, height=128))
+        data = bytes(svg_to_bytes(svg_string=data.decode(), width=128, height=128))
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     side = max(image.size)
     white = Image.new("RGBA", (side, side), "white")
@@ -148,6 +146,8 @@ def main(out: Path) -> None:
                 if (found := next((file for file in files_of if file in files), None)) is not None:
                     pictures.append(Picture(set_name, name, split_of(name, set_name)))
                     pixels.append(_pixels(found, files[found]))
+    seen = {picture.name for picture in pictures if picture.set in STYLES and picture.split == "train"}
+    assert all(picture.name in seen for picture in pictures if picture.set in STYLES and picture.split == "pair")
     image_N3HW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     save_tensors(out / "pictures.safetensors", {"image_N3HW": image_N3HW})
     save_json(out / "pictures.json", [asdict(picture) for picture in pictures])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distilled_decoding import zoo
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Asked
 from distilled_decoding.families import family
 from distilled_decoding.images import grid, to_uint8
 from distilled_decoding.metrics.frechet import frechet_distance
@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
     if settings.model is None:
         return
     pipe = Pipeline.from_pretrained(settings.model)
-    condition = Labels.balanced(settings.num, pipe.num_classes)
+    asked = Asked.in_turn(pipe.table(), settings.num)
     # Another domain than that of the final measurements.
     key_N = image_keys("sampling", 0, range(settings.num))
     for scale in settings.guidance_scales:
@@ -87,9 +87,9 @@ def main(settings: Settings) -> None:
             for top_p in settings.top_ps:
                 sampling = replace(pipe.config.sampling, guidance_scale=scale, top_k=top_k, top_p=top_p)
                 config = replace(pipe.config, sampling=sampling)
-                images = Pipeline(pipe.teacher, None, config).images(Plan((), ancestral=True), condition, key_N)
+                images = Pipeline(pipe.teacher, None, config).images(Plan((), ancestral=True), asked, key_N)
                 name = f"teacher, guidance {scale}, top-k {top_k}, top-p {top_p}"
-                report(name, images, condition.label_B)
+                report(name, images, asked.number_N)
 
 
 if __name__ == "__main__":

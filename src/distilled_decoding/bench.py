@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.checkpoint import save_json, save_text
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, stand_ins
 from distilled_decoding.families import family
 from distilled_decoding.images import to_uint8
 from distilled_decoding.noise import image_keys
@@ -30,7 +30,6 @@ from distilled_decoding.pipeline import Pipeline, Steps, is_out_of_memory
 from distilled_decoding.progress import Bar, progress_bar, stop_signal
 from distilled_decoding.records import environment, record_anew
 from distilled_decoding.sampling import Step
-from distilled_decoding.teacher import stand_ins
 
 # A turn repeats short runs until this many seconds have passed: a generator that works is warm.
 _TURN = 0.2

@@ -93,8 +93,8 @@ def _reads(pipeline: "Pipeline") -> str:
         return f"| classes | {len(names)}{_classes(names)} |"
     tokens, width = pipeline.teacher.caption_shape
     encoder = pipeline.config.text_encoder
-    source = f"`{encoder}`" if encoder else "its own text encoder"
-    return f"| captions | {tokens} tokens of {width} channels, of {source} |"
+    own = "the text encoder in its folder" if pipeline.text_source else "a text encoder that is not named"
+    return f"| captions | {tokens} tokens of {width} channels, of {f'`{encoder}`' if encoder else own} |"
 
 
 def _classes(names: tuple[str, ...]) -> str:

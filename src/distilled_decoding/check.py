@@ -16,11 +16,11 @@ from torch.func import functional_call
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition
+from distilled_decoding.condition import Condition, stand_ins
 from distilled_decoding.losses import corrupt
 from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.student import StudentOutput
-from distilled_decoding.teacher import Guidance, Teacher, combine_guidance, stand_ins
+from distilled_decoding.teacher import Guidance, Teacher, combine_guidance
 
 _BATCH = 2
 # Of a longer sequence only this many blocks are sampled in a row.
@@ -111,11 +111,6 @@ def _keys(teacher: Teacher) -> Tensor:
 
 
 def _asked(teacher: Teacher) -> Condition:
-    _expect(
-        teacher.num_classes >= 1 or hasattr(teacher, "caption_shape"),
-        "num_classes must be an integer of at least 1 (a teacher without classes has one), or 0 beside a "
-        f"`caption_shape` if captions are read, got {teacher.num_classes}",
-    )
     return stand_ins(teacher, _BATCH).to(teacher.codebook.device)
 
 
@@ -169,9 +164,12 @@ def _teacher_is_complete(teacher: Teacher) -> None:
 def _teacher_has_blocks_codes_and_classes(teacher: Teacher) -> None:
     order, codebook, num_classes = teacher.order, teacher.codebook, teacher.num_classes
     _expect(isinstance(order, BlockOrder), f"order must be a BlockOrder, got {order!r}")
+    captions = getattr(teacher, "caption_shape", None)
+    reads_captions = num_classes == 0 and isinstance(captions, tuple) and len(captions) == 2
     _expect(
-        isinstance(num_classes, int) and num_classes >= 0,
-        f"num_classes must be an integer that is not negative, got {num_classes!r}",
+        all(isinstance(size, int) and size >= 1 for size in (captions if reads_captions else (num_classes,))),
+        "num_classes must be an integer of at least 1 (a teacher without classes has one), or 0 beside a "
+        f"`caption_shape` of two of them if captions are read, got {num_classes!r} and {captions!r}",
     )
     shape = tuple(codebook.shape) if isinstance(codebook, Tensor) else ()
     _expect(

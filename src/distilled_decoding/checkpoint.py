@@ -22,6 +22,9 @@ from torch.optim import Optimizer
 
 Config = TypeVar("Config")
 
+MANIFEST, PROMPTS = "manifest.json", "prompts.txt"
+"""Files that more than one kind of folder holds: what made it, and prompts, one a line."""
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
@@ -61,13 +64,13 @@ def _atomic(path: Path) -> Iterator[Path]:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
+    """Write a text file atomically, in UTF-8 wherever it is.
 
     Raises:
         OSError: it could not be written, such as on a full disk; no part of it stays.
     """
     with _atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_bytes(text.encode())
 
 
 def save_json(path: Path, value: Any) -> None:
@@ -143,8 +146,8 @@ def load_json(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is missing; is the folder complete?")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
 
 

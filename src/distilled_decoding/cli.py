@@ -71,7 +71,7 @@ def sample(
 
     Args:
         model: shipped name, folder or hub id.
-        labels: classes, taken in turn; without them the classes are balanced.
+        labels: classes, taken in turn; without them all that there are.
         prompt: texts, taken in turn, of a model that reads them; without them its own prompts.
         num: images in all.
         steps: student steps (1, 2 ...), `teacher` (its flow map on the same noise) or `teacher-ancestral`; by
@@ -273,6 +273,8 @@ def verify(
         json: print one JSON object.
     """
     device = commands.check_device(device)
+    if prompts is not None and repair is None:
+        raise ValueError("--prompts goes with --repair; a folder of prompts is verified by itself")
     found = commands.verify(path) if repair is None else commands.repair(path, repair, device, prompts)
     _print(found, json)
     if found["problems"]:
@@ -306,8 +308,8 @@ def evaluate(
         num: images of each method and seed, classes or prompts in turn.
         seeds: run seeds; mean and spread are over them.
         keep: images of each run that are kept for pictures.
-        prompts: what a model of captions is asked for: a file, one prompt a line, or a folder of encode-prompts; by
-            default the prompts that the model ships.
+        prompts: what a model of captions is asked for: a folder made by encode-prompts, or a file, which is encoded
+            into OUT/prompts; by default the prompts that the model ships.
         column: of the prompts in a .csv or .parquet file.
         features: classifier (of the shipped models of classes, their default), effnet-lite0 (the default of models of
             captions), or inception, whose distance is FID.

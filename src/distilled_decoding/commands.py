@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.distributed import Store
 
 from distilled_decoding import processes, trajectories, zoo
-from distilled_decoding.checkpoint import from_json, save_json, save_text
+from distilled_decoding.checkpoint import MANIFEST, PROMPTS, from_json, load_json, save_json, save_text
 from distilled_decoding.condition import Asked, ConditionTable
 from distilled_decoding.cost import flops_per_second, trajectory_cost
 from distilled_decoding.describe import info
 from distilled_decoding.evaluate import EvaluationSettings, evaluate, kept_images, summary
 from distilled_decoding.export import check_file, png_path, read_pngs, write_npz, write_picture, write_pngs
+from distilled_decoding.hub import is_id
 from distilled_decoding.images import grid
 from distilled_decoding.index import INDEX
 from distilled_decoding.metrics.features import FeatureName
@@ -30,15 +31,16 @@ from distilled_decoding.metrics.reference import read_reference
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline, Steps, problems
 from distilled_decoding.progress import Bar, StopSignal, progress_bar, stop_signal
-from distilled_decoding.prompts import CaptionTable, EncodedPrompts, encode_prompts, prompt_identity
-from distilled_decoding.records import claim, identity, record
+from distilled_decoding.prompts import EncodedPrompts, encode_prompts, is_encoded, prompt_identity
+from distilled_decoding.records import claim, identity, record, recorded
 from distilled_decoding.report import markdown_table
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import Prefix
 from distilled_decoding.text import TextEncoder
 
 _PICTURED = 20
-_PROMPTS = "prompts"
+_ENCODED = "prompts"
+_GIVE_PROMPTS = "give the folder of the prompts that they were made with: --prompts FOLDER"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def sample_images(
     plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
     settings = {"labels": run.labels, **asked.table.identity, "num": run.num, "seed": run.seed}
     settings |= identity(pipeline, plan)
-    claim(folder, "sample", settings, {"model": run.model, "device": str(pipeline.device)}, way_out)
+    notes = {"model": run.model, "device": str(pipeline.device), "prompts": asked.table.prompts}
+    claim(folder, "sample", settings, notes, way_out)
     size = pipeline.config.micro_batch
     parts = [range(first, min(first + size, run.num)) for first in range(0, run.num, size)]
     # A micro-batch is made again as a whole, so that every image keeps its place in it: the same bits as unbroken.
@@ -126,7 +129,7 @@ def _asked(pipeline: Pipeline, run: SampleRun) -> Asked:
     if run.labels:
         label_N = pipeline.labels(run.labels).label_B
         return Asked(pipeline.table(), label_N[torch.arange(run.num) % len(label_N)])
-    return Asked.in_turn(pipeline.table(run.prompts or None), run.num)
+    return Asked.in_turn(pipeline.table((run.prompts or pipeline.prompts)[: run.num] or None), run.num)
 
 
 def _write_images(folder: Path, indices: list[int], images: Iterator[Tensor], bar: Bar, stop: StopSignal) -> None:
@@ -170,29 +173,49 @@ def make_trajectories(
         Stopped: the user asked to stop.
     """
     num = trajectory_count(pipeline, num)
-    is_ready = bool(pipeline.num_classes) or (prompts is not None and prompts.is_dir())
-    texts = [] if is_ready else pipeline.texts(prompts, column)
-    folder = prompts if is_ready else out / _PROMPTS
+    folder, texts = _asked_from(pipeline, out, prompts, column)
     begin = time.perf_counter()
     with processes.group(str(pipeline.device)) as shared, ExitStack() as held:
 
         def prepare() -> None:
             held.enter_context(processes.only_writer(out))
-            if is_ready:
-                asked = pipeline.table(folder, column).identity
-            else:
+            if texts:
                 asked = prompt_identity(pipeline.require_text_encoder(), texts)
+            else:
+                asked = pipeline.table(folder).identity
+            if folder and (out / MANIFEST).is_file():
+                TrajectoryStore.open(out).refuse_other(asked, f"{_GIVE_PROMPTS}, or choose another --out")
             manifest = settings.manifest(pipeline.teacher, pipeline.fingerprint, asked)
             TrajectoryStore.create(out, manifest, num)
             notes = {"model": model, "device": str(pipeline.device), "prompts": prompts}
             record(out, "trajectories", {**manifest, "num": num}, notes)
-            if not is_ready:
-                save_prompts(pipeline.require_text_encoder(), texts, out / _PROMPTS)
 
         processes.first_acts(prepare)
-        store = TrajectoryStore.open(out)
-        made = _fill_store(pipeline, pipeline.table(folder), store, settings, shared, title)
+        table, store = _encoded(pipeline, folder, texts, shared), TrajectoryStore.open(out)
+        made = _fill_store(pipeline, table, store, settings, shared, title)
     return {"trajectories": len(store), "made": made, "seconds": round(time.perf_counter() - begin, 3)}
+
+
+def _asked_from(
+    pipeline: Pipeline, out: Path, prompts: Path | None, column: str | None
+) -> tuple[Path | None, list[str]]:
+    """The folder of the prompts that a run is asked for, None for classes, and those to be encoded into it first."""
+    if pipeline.num_classes or (prompts is not None and prompts.is_dir()):
+        pipeline.table(prompts, column)
+        return prompts, []
+    texts, folder = pipeline.texts(prompts, column), out / _ENCODED
+    return folder, texts if processes.is_first() and not is_encoded(folder, texts) else []
+
+
+def _encoded(pipeline: Pipeline, folder: Path | None, texts: Sequence[str], shared: Store) -> ConditionTable:
+    """What a run is asked for, when the first process has encoded what was not, and read the folder once."""
+    if processes.is_first():
+        if folder and texts:
+            save_prompts(pipeline.require_text_encoder(), texts, folder)
+            pipeline.drop_text_encoder()
+        pipeline.table(folder).check()
+    processes.meet(shared, lambda: None, "prompts are encoded")
+    return pipeline.table(folder)
 
 
 def trajectory_table(pipeline: Pipeline, store: TrajectoryStore, prompts: Path | None) -> ConditionTable:
@@ -206,12 +229,18 @@ def trajectory_table(pipeline: Pipeline, store: TrajectoryStore, prompts: Path |
     Raises:
         ValueError: there is no such folder, or its prompts are not those of the trajectories.
     """
-    if prompts is None and pipeline.num_classes:
-        table = pipeline.table()
-    else:
-        table = pipeline.encoded(store.folder / _PROMPTS if prompts is None else prompts)
-    store.refuse_other(table.identity, "give the folder of the prompts that they were made with: --prompts FOLDER")
+    if prompts is None and not pipeline.num_classes:
+        prompts = _beneath(store.folder)
+    table = pipeline.table() if prompts is None else pipeline.encoded(prompts)
+    store.refuse_other(table.identity, _GIVE_PROMPTS)
     return table
+
+
+def _beneath(folder: Path) -> Path:
+    """The folder of prompts beneath that of trajectories."""
+    if not (folder / _ENCODED).is_dir():
+        raise ValueError(f"the prompts of {folder} are not beneath it; {_GIVE_PROMPTS}")
+    return folder / _ENCODED
 
 
 def _fill_store(
@@ -287,11 +316,15 @@ def with_text_encoder(pipeline: Pipeline, name: str) -> Pipeline:
         name: folder or hub id.
 
     Raises:
-        ValueError: a model of classes.
+        ValueError: a model of classes, or the name is neither a folder nor a hub id.
     """
     if pipeline.num_classes:
         raise ValueError("these files are of a model of classes, which has no text encoder; leave --text-encoder out")
-    return pipeline.with_settings(text_encoder=str(Path(name).resolve()) if Path(name).is_dir() else name)
+    if Path(name).is_dir():
+        return pipeline.with_settings(text_encoder=str(Path(name).resolve()))
+    if not is_id(name):
+        raise ValueError(f"no folder {name!r}; --text-encoder takes a folder or a hub id owner/name")
+    return pipeline.with_settings(text_encoder=name)
 
 
 def save_converted(pipeline: Pipeline, out: Path) -> dict[str, Any]:
@@ -365,7 +398,7 @@ def evaluate_model(
         pipeline: the model.
         out: folder of the results.
         settings: what to measure.
-        prompts: of a model of captions, what its images are asked for, see `Pipeline.table`.
+        prompts: of a model of captions, what its images are asked for, see `make_trajectories`.
         column: of the prompts in a .csv or .parquet file.
         features: the network that sees the images; None takes that of the shipped models of this kind.
         reference: real images or their statistics, see `read_reference`; None takes those of the shipped models.
@@ -383,26 +416,26 @@ def evaluate_model(
     extractor = zoo.extractor(features or usual, str(pipeline.device), inception_weights)
     if reference is None and extractor.name != usual:
         raise ValueError(f"--features {features} needs real images: give --reference FILE or FOLDER")
-    table = pipeline.table(prompts, column)
-    judge = None
-    if isinstance(table, CaptionTable | EncodedPrompts):
-        judge = zoo.judge(table.prompts, pipeline.image_shape, pipeline.device)
+    if reference is None and not pipeline.num_classes and zoo.emoji(pipeline.image_shape) is None:
+        shape = "x".join(map(str, pipeline.image_shape))
+        raise ValueError(f"no real pictures of {shape} are shipped: give --reference FILE or FOLDER")
+    recorded(out, "evaluate")
+    folder, texts = _asked_from(pipeline, out, prompts, column)
     total = settings.num * len(settings.methods) * len(settings.seeds)
-    with (
-        processes.group(str(pipeline.device)) as shared,
-        stop_signal() as stop,
-        progress_bar("measuring", total) as bar,
-    ):
+    with processes.group(str(pipeline.device)) as shared:
+        table = _encoded(pipeline, folder, texts, shared)
+        judge = zoo.judge(table.prompts, pipeline.image_shape, pipeline.device) if table.prompts else None
+        with stop_signal() as stop, progress_bar("measuring", total) as bar:
 
-        def progress(items: int) -> None:
-            bar.at(shared.add("finished", items))
-            stop.check()
+            def progress(items: int) -> None:
+                bar.at(shared.add("finished", items))
+                stop.check()
 
-        if reference is not None:
-            real = read_reference(reference, extractor)
-        else:
-            real = zoo.reference() if pipeline.num_classes else zoo.emoji_reference(extractor)
-        runs = evaluate(pipeline, table, extractor, settings, real, out, progress, judge, shared)
+            if reference is not None:
+                real = read_reference(reference, extractor)
+            else:
+                real = zoo.reference() if pipeline.num_classes else zoo.emoji_reference(extractor, pipeline.image_shape)
+            runs = evaluate(pipeline, table, extractor, settings, real, out, progress, judge, shared)
     values = summary(runs, settings, pipeline, table, model, extractor, real, judge)
     if processes.is_first():
         save_json(out / "summary.json", values)
@@ -414,7 +447,7 @@ def evaluate_model(
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check every hash of a folder of trajectories, of encoded prompts or of a pipeline.
+    """Check every hash of a folder of trajectories and the prompts beneath, of encoded prompts or of a pipeline.
 
     Returns:
         Which kind of folder it is, and its problems, a sentence each.
@@ -424,21 +457,31 @@ def verify(path: Path) -> dict[str, Any]:
     """
     if (path / INDEX).is_file():
         return {"kind": "pipeline", "problems": problems(path)}
-    if not (path / "manifest.json").is_file():
-        raise ValueError(f"{path} holds neither trajectories or prompts (manifest.json) nor a pipeline ({INDEX})")
-    if (path / "prompts.txt").is_file():
-        return {"kind": "prompts", "problems": EncodedPrompts.open(path).problems()}
-    return {"kind": "trajectories", "problems": TrajectoryStore.open(path).problems()}
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} holds neither trajectories or prompts ({MANIFEST}) nor a pipeline ({INDEX})")
+    if EncodedPrompts.made(load_json(path / MANIFEST)):
+        return {"kind": "prompts", "problems": _problems_of_prompts(path)}
+    found = TrajectoryStore.open(path).problems()
+    if (path / _ENCODED).is_dir():
+        found += _problems_of_prompts(path / _ENCODED)
+    return {"kind": "trajectories", "problems": found}
+
+
+def _problems_of_prompts(folder: Path) -> list[str]:
+    try:
+        return EncodedPrompts.open(folder).problems()
+    except ValueError as error:
+        return [str(error)]
 
 
 def repair(path: Path, model: str, device: str, prompts: Path | None = None) -> dict[str, Any]:
-    """Make the trajectories of a folder again that are missing, damaged or foreign, bit for bit; the others stay.
+    """Make again what is missing, damaged or foreign of a folder of trajectories, bit for bit; the rest stays.
 
     Args:
         path: the folder.
         model: the one that made it.
         device: where the model runs; the bits are those of the same kind of machine.
-        prompts: see `trajectory_table`.
+        prompts: see `trajectory_table`; those beneath the trajectories are mended, too.
 
     Returns:
         What was wrong and is mended, and what is still wrong, a sentence each.
@@ -450,13 +493,13 @@ def repair(path: Path, model: str, device: str, prompts: Path | None = None) -> 
     store, pipeline = TrajectoryStore.open(path), Pipeline.from_pretrained(model, device)
     names = [field.name for field in fields(trajectories.TrajectorySettings)]
     settings = from_json(trajectories.TrajectorySettings, {name: store.manifest.get(name) for name in names}, path)
-    found = store.problems()
+    found = verify(path)["problems"]
     if prompts is None and not pipeline.num_classes:
-        prompts = path / _PROMPTS
+        prompts = _beneath(path) / PROMPTS
     make_trajectories(model, pipeline, path, len(store), settings, "repairing", prompts)
     for stray in store.strays():
         stray.unlink()
-    return {"kind": "trajectories", "repaired": found, "problems": store.problems()}
+    return {**verify(path), "repaired": found}
 
 
 def check_device(name: str) -> str:

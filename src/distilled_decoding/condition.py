@@ -87,11 +87,6 @@ class Labels(Condition):
         return cls(label_B, num_classes)
 
     @classmethod
-    def balanced(cls, num: int, num_classes: int) -> Self:
-        """The labels in turn, 0, 1, ..., num_classes-1, 0, 1, ..., until there are `num`."""
-        return cls(torch.arange(num) % num_classes, num_classes)
-
-    @classmethod
     def cat(cls, conditions: Sequence[Self]) -> Self:
         """See `Condition.cat`; all must have one number of classes."""
         classes = {condition.num_classes for condition in conditions}
@@ -192,8 +187,21 @@ class ConditionTable(Protocol):
     """What images are asked for, by number: `len(table)`, `table[number_B]`."""
 
     @property
+    def prompts(self) -> Sequence[str]:
+        """The texts of captions, in order; none of classes."""
+        ...
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What a manifest keeps of it, as JSON: two tables with one identity hold the same conditions."""
+        ...
+
+    def check(self) -> None:
+        """Read once what it lies in on disk, if anywhere.
+
+        Raises:
+            ValueError: something is missing or damaged.
+        """
         ...
 
     def __len__(self) -> int:
@@ -212,9 +220,17 @@ class Classes:
     num_classes: int
 
     @property
+    def prompts(self) -> Sequence[str]:
+        """None."""
+        return ()
+
+    @property
     def identity(self) -> dict[str, Any]:
         """See `ConditionTable.identity`."""
         return {"num_classes": self.num_classes}
+
+    def check(self) -> None:
+        """Nothing lies on disk."""
 
     def __len__(self) -> int:
         return self.num_classes
@@ -245,6 +261,23 @@ class Asked:
 
     def __getitem__(self, index: slice | Tensor) -> Condition:
         return self.table[self.number_N[index]]
+
+
+def stand_ins(reader: Any, num: int) -> Condition:
+    """Conditions for a model, where time, memory and promises do not depend on what they say.
+
+    Args:
+        reader: has `num_classes` and, where that is 0, a `caption_shape`, as teachers do.
+        num: how many.
+
+    Returns:
+        Its classes in turn; or captions without padding, random features from a fixed seed.
+    """
+    if reader.num_classes:
+        return Asked.in_turn(Classes(reader.num_classes), num)[:]
+    feature_BTF = torch.randn(num, *reader.caption_shape, generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.ones(feature_BTF.shape[:2], dtype=torch.bool)
+    return Captions(feature_BTF, mask_BT, torch.zeros(num, dtype=torch.bool))
 
 
 def _described(tensor: Tensor) -> str:

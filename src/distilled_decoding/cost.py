@@ -28,11 +28,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
+from distilled_decoding.condition import stand_ins
 from distilled_decoding.distill import DistillSettings, attention_on, batch_loss
 from distilled_decoding.flow import flow_map
 from distilled_decoding.parallel import RunSettings, recompute_layers
 from distilled_decoding.store import Shard
-from distilled_decoding.teacher import log_probabilities, stand_ins
+from distilled_decoding.teacher import log_probabilities
 from distilled_decoding.trajectories import TrajectorySettings
 
 # The share of the speed of large matrix products that a whole job reaches. On two CPU cores the four jobs behind the

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distilled_decoding import commands, training_command, zoo
 from distilled_decoding.checkpoint import save_json, save_text
-from distilled_decoding.condition import Labels
+from distilled_decoding.condition import Asked
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.images import grid
 from distilled_decoding.metrics.frechet import frechet_distance
@@ -69,6 +69,8 @@ def run_demo(model: str, out: Path, fast: bool) -> dict[str, Any]:
     size = FAST if fast else FULL
     begin = perf_counter()
     shipped = Pipeline.from_pretrained(model)
+    if not shipped.num_classes:
+        raise ValueError(f"{model} reads prompts; the demo is for fashion-llamagen and fashion-var, which read classes")
     shipped.plan(2)
     check_reference(zoo.reference(), zoo.extractor("classifier"), shipped.num_classes, shipped.image_shape)
     record(out, "demo", {"teacher": shipped.fingerprint, "seed": _SEED, **asdict(size)}, {"model": model})
@@ -110,12 +112,12 @@ def _compare(shipped: Pipeline, fresh: Pipeline, num: int) -> list[dict[str, Any
 
 def _measure(row: _Row, num: int, bar: Bar, stop: StopSignal) -> dict[str, Any]:
     """Fréchet distance, class accuracy, milliseconds, and the first images of each class."""
-    condition = Labels.balanced(num, row.pipeline.num_classes)
+    asked = Asked.in_turn(row.pipeline.table(), num)
     key_N = image_keys("evaluation", _SEED, range(num))
     kept: list[Tensor] = []
 
     def watched() -> Iterator[Tensor]:
-        for image_BCHW in row.pipeline.images(row.pipeline.plan(row.steps), condition, key_N):
+        for image_BCHW in row.pipeline.images(row.pipeline.plan(row.steps), asked, key_N):
             kept.append(image_BCHW)
             yield image_BCHW
             bar.advance(len(image_BCHW))
@@ -123,7 +125,7 @@ def _measure(row: _Row, num: int, bar: Bar, stop: StopSignal) -> dict[str, Any]:
 
     bar.say(f"3/3 measuring {row.name}")
     extractor = zoo.extractor("classifier")
-    measured = measure(extractor, watched(), condition.label_B, row.name)
+    measured = measure(extractor, watched(), asked.number_N, row.name)
     bar.say(f"3/3 timing {row.name}")
     return {
         "name": row.name,

@@ -40,7 +40,6 @@ from distilled_decoding.metrics.precision_recall import precision_recall
 from distilled_decoding.metrics.reference import MIN_IMAGES, Measured, Reference, check_reference, measure
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
-from distilled_decoding.prompts import CaptionTable, EncodedPrompts
 from distilled_decoding.records import environment, record
 from distilled_decoding.trajectories import Progress
 
@@ -249,11 +248,14 @@ def summary(
     """
     order, real = pipeline.teacher.order, reference.statistics
     of = {name: [run for run in runs if run.method == name] for name in settings.methods}
-    prompts = table.prompts if isinstance(table, CaptionTable | EncodedPrompts) else []
-    first = [prompts[number % len(prompts)] for number in range(min(settings.keep, settings.num) if prompts else 0)]
+    kept_N = Asked.in_turn(table, min(settings.keep, settings.num)).number_N
     return {
         "model": model,
-        "asked": {"kind": "prompt" if prompts else "label", "count": len(table), "first": first},
+        "asked": {
+            "kind": "prompt" if table.prompts else "label",
+            "count": len(table),
+            "first": [table.prompts[number] for number in kept_N.tolist()] if table.prompts else [],
+        },
         "blocks": list(order.sizes),
         "num": settings.num,
         "seeds": list(settings.seeds),

@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub, down and up, with one sentence when it fails."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,8 +8,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
-FILES = ("*.json", "*.safetensors", "*.model", "prompts.txt", "README.md")
+from distilled_decoding.checkpoint import PROMPTS
+
+FILES = ("*.json", "*.safetensors", "*.model", PROMPTS, "README.md")
 """All that a pipeline folder holds (`*.model` are tokenizers); what else lies in a repository is not downloaded."""
+
+
+def is_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, `owner/name`."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
 def download(repo_id: str) -> Path:
@@ -27,7 +35,7 @@ def create_repository(repo_id: str, private: bool, token: str | None) -> str:
     Raises:
         ValueError: the id is no `owner/name`, or the hub refuses or does not answer.
     """
-    if repo_id.count("/") != 1:
+    if not is_id(repo_id):
         raise ValueError(f"a hub id is owner/name, got {repo_id!r}")
     with _one_sentence(f"could not create {repo_id!r}"):
         return str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True))

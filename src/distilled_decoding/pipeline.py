@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from distilled_decoding.card import model_card
-from distilled_decoding.checkpoint import fingerprint, load_json, save_json, save_text, sha256
+from distilled_decoding.checkpoint import PROMPTS, fingerprint, load_json, save_json, save_text, sha256
 from distilled_decoding.compiling import compiled
 from distilled_decoding.condition import Asked, Classes, Condition, ConditionTable, Labels
 from distilled_decoding.convert import read_parts
 from distilled_decoding.families import family
-from distilled_decoding.hub import create_repository, upload
+from distilled_decoding.hub import create_repository, is_id, upload
 from distilled_decoding.images import to_pil, to_uint8
 from distilled_decoding.index import INDEX, LIBRARY, PipelineConfig, match_components, match_student, match_teacher
 from distilled_decoding.noise import image_keys
@@ -34,8 +34,6 @@ from distilled_decoding.sampling import Callback, Passes, Plan, check_plan, samp
 from distilled_decoding.teacher import Prefix
 from distilled_decoding.text import ENCODER, TOKENIZER, TextEncoder
 from distilled_decoding.zoo import resolve
-
-_PROMPTS = "prompts.txt"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,6 +71,9 @@ class Pipeline:
         text_encoder: of a model of captions, what its folder is to hold; None where `config` names one, or there is
             none.
         prompts: of a model of captions, those that it is shown by when no others are given.
+
+    Raises:
+        ValueError: a text encoder, while `config` names one.
     """
 
     def __init__(
@@ -83,13 +84,13 @@ class Pipeline:
         text_encoder: TextEncoder | None = None,
         prompts: Sequence[str] = (),
     ) -> None:
+        if text_encoder is not None and config.text_encoder is not None:
+            raise ValueError(f"a text encoder is given and {config.text_encoder!r} is named; leave one of them out")
         self.teacher = teacher
         self.student = student
         self.config = config
         self.prompts = tuple(prompts)
-        self._text_folder: Path | None = None
-        if text_encoder is not None:
-            self.text_encoder = text_encoder
+        self._own_text: TextEncoder | Path | None = text_encoder
         self._passes = Passes()
         self.is_compiled = False
 
@@ -116,9 +117,9 @@ class Pipeline:
         if "student" in index:
             student = reader.load_student(folder).to(device).eval().requires_grad_(False)
             match_student(student, teacher, folder / "student")
-        own = folder / _PROMPTS
+        own = folder / PROMPTS
         pipeline = cls(teacher, student, config, prompts=read_prompts(own) if own.is_file() else ())
-        pipeline._text_folder = folder if (folder / ENCODER).is_dir() else None
+        pipeline._own_text = folder if (folder / ENCODER).is_dir() else None
         pipeline.cast(dtype)
         return pipeline
 
@@ -183,15 +184,15 @@ class Pipeline:
 
     def _save_text(self, folder: Path) -> None:
         """Write the text encoder, unless it goes by a name, and the prompts."""
-        if self.config.text_encoder is None and self._text_folder is not None:
+        own = self._own_text if self.config.text_encoder is None else None
+        if isinstance(own, TextEncoder):
+            own.save_pretrained(folder)
+        elif own is not None and own.resolve() != folder.resolve():
             # Files are copied as they are, which needs no transformers.
-            if self._text_folder.resolve() != folder.resolve():
-                for name in (ENCODER, TOKENIZER):
-                    shutil.copytree(self._text_folder / name, folder / name, dirs_exist_ok=True)
-        elif self.config.text_encoder is None and self.text_encoder is not None:
-            self.text_encoder.save_pretrained(folder)
+            for name in (ENCODER, TOKENIZER):
+                shutil.copytree(own / name, folder / name, dirs_exist_ok=True)
         if self.prompts:
-            save_text(folder / _PROMPTS, "".join(f"{prompt}\n" for prompt in self.prompts))
+            save_text(folder / PROMPTS, "".join(f"{prompt}\n" for prompt in self.prompts))
 
     def push_to_hub(
         self, repo_id: str, private: bool = False, token: str | None = None, dtype: torch.dtype = torch.float32
@@ -208,8 +209,13 @@ class Pipeline:
             The repository's address.
 
         Raises:
-            ValueError: the id is no `owner/name`, or the hub refuses or does not answer.
+            ValueError: the id is no `owner/name`, the text encoder lies in a folder of its own, or the hub refuses or
+                does not answer.
         """
+        named = self.config.text_encoder
+        if named is not None and not is_id(named):
+            way_out = "name one on the hub first, with_settings(text_encoder='owner/name')"
+            raise ValueError(f"the text encoder lies in {named}, where nobody else will find it; {way_out}")
         address = create_repository(repo_id, private, token)
         with TemporaryDirectory() as temporary:
             # The card goes first: `save_pretrained` would name it after this folder.
@@ -300,14 +306,25 @@ class Pipeline:
         Raises:
             ValueError: it cannot be loaded, or gives captions of another size than the teacher reads.
         """
-        source = self.config.text_encoder or self._text_folder
+        source = self.config.text_encoder or self._own_text
         if self.num_classes or source is None:
             return None
+        if isinstance(source, TextEncoder):
+            return source
         tokens, width = self.teacher.caption_shape
         encoder = TextEncoder.from_pretrained(source, tokens, str(self.device))
         if encoder.width != width:
             raise ValueError(f"{source} gives features of {encoder.width} channels, but this model reads {width}")
         return encoder
+
+    @property
+    def text_source(self) -> str | None:
+        """Where the text encoder is from: a name, or `in the folder`; None where there is none."""
+        return self.config.text_encoder or (None if self._own_text is None else "in the folder")
+
+    def drop_text_encoder(self) -> None:
+        """Let go of the text encoder, which is loaded again when it is next asked for."""
+        self.__dict__.pop("text_encoder", None)
 
     def require_text_encoder(self) -> TextEncoder:
         """The text encoder, for a job that needs it.
@@ -332,7 +349,9 @@ class Pipeline:
         """
         if self.num_classes and prompts is None and column is None:
             return Classes(self.num_classes)
-        if isinstance(prompts, Path) and prompts.is_dir() and column is None:
+        if isinstance(prompts, Path) and prompts.is_dir():
+            if column is not None:
+                raise ValueError(f"{prompts} is a folder, which has no columns; leave the column {column!r} out")
             return self.encoded(prompts)
         texts = self.texts(prompts, column)
         return prompt_table(self.require_text_encoder(), texts)
@@ -369,7 +388,7 @@ class Pipeline:
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be several texts, got one string, {prompts!r}; put it into a list")
         if prompts is None and not self.prompts:
-            raise ValueError("this model ships no prompts of its own: give some, or a file with one a line")
+            raise ValueError("this model ships no prompts of its own: give some, or a file or folder (--prompts)")
         return list(self.prompts if prompts is None else prompts)
 
     def labels(self, labels: Sequence[int]) -> Labels:
@@ -379,12 +398,13 @@ class Pipeline:
             ValueError: this model reads prompts; see also `Labels.checked`.
         """
         if not self.num_classes:
-            raise ValueError("this model reads prompts, not labels: give texts")
+            raise ValueError("this model reads prompts, not labels: give texts (--prompt)")
         return Labels.checked(labels, self.num_classes)
 
     def _check_reads_text(self) -> None:
         if self.num_classes:
-            raise ValueError(f"this model reads classes, not prompts: give labels in 0..{self.num_classes - 1}")
+            way_out = f"give labels in 0..{self.num_classes - 1}, or leave --prompts out"
+            raise ValueError(f"this model reads classes, not prompts: {way_out}")
 
     def _transformers(self) -> list[nn.Module]:
         """The teacher's components but the tokenizer."""
@@ -607,7 +627,7 @@ class Pipeline:
         pairs = self._pairs(condition, seeds, steps, schedule, teacher_span, prefix, output, callback)
         return (image for image, _ in pairs)
 
-    def _asked(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Condition:
+    def _asked(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Conditions:
         """What a user asks for, one an image."""
         given = prompts if labels is None else labels
         if given is None or (labels is not None and prompts is not None):
@@ -616,12 +636,11 @@ class Pipeline:
             raise ValueError(f"{'prompts' if labels is None else 'labels'} is empty; give one for each image")
         if labels is not None:
             return self.labels(labels)
-        texts = self.texts(prompts)
-        return self.require_text_encoder().encode(texts)
+        return Asked.in_turn(self.table(prompts), len(given))
 
     def _pairs(
         self,
-        condition: Condition,
+        condition: Conditions,
         seeds: Sequence[int] | None,
         steps: Steps | None,
         schedule: Sequence[int] | None,

@@ -16,13 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distilled_decoding.checkpoint import load_json, save_json, save_tensors, save_text, sha256
+from distilled_decoding.checkpoint import MANIFEST, PROMPTS, load_json, save_json, save_tensors, save_text, sha256
 from distilled_decoding.condition import Captions
 from distilled_decoding.processes import only_writer
 from distilled_decoding.records import claim
 from distilled_decoding.text import TextEncoder, clean
 
-_MANIFEST, _PROMPTS = "manifest.json", "prompts.txt"
 _IN_FILE = 1024
 _BATCH = 32
 _IDENTITY = ("prompts", "encoder", "max_tokens", "width")
@@ -66,6 +65,9 @@ class CaptionTable:
     prompts: list[str]
     identity: dict[str, Any]
 
+    def check(self) -> None:
+        """Nothing lies on disk."""
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -90,6 +92,15 @@ def prompt_identity(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, A
     return dict(zip(_IDENTITY, values, strict=True))
 
 
+def is_encoded(folder: Path, prompts: Sequence[str]) -> bool:
+    """Whether a folder holds these prompts encoded, all of them and undamaged."""
+    try:
+        found = EncodedPrompts.open(folder)
+    except ValueError:
+        return False
+    return found.prompts == [clean(prompt) for prompt in prompts] and not found.problems()
+
+
 class EncodedPrompts:
     """A folder of captions, read from disk as they are asked for: `len(prompts)`, `prompts[number_B]`.
 
@@ -107,6 +118,11 @@ class EncodedPrompts:
         self.prompts = prompts
         self.manifest = manifest
 
+    @staticmethod
+    def made(manifest: Any) -> bool:
+        """Whether a manifest is that of such a folder."""
+        return isinstance(manifest, dict) and {*_IDENTITY, "sha256"} <= set(manifest)
+
     @classmethod
     def open(cls, folder: Path) -> "EncodedPrompts":
         """Open a folder that `encode_prompts` has finished.
@@ -114,14 +130,15 @@ class EncodedPrompts:
         Raises:
             ValueError: it is no such folder, or unfinished, or its texts have changed.
         """
-        if not (folder / _MANIFEST).is_file():
-            raise ValueError(f"{folder} holds no encoded prompts (no {_MANIFEST}); make them with `encode-prompts`")
-        manifest = load_json(folder / _MANIFEST)
-        if not isinstance(manifest, dict) or not {*_IDENTITY, "sha256"} <= set(manifest):
-            raise ValueError(f"{folder / _MANIFEST} is not a manifest of encoded prompts")
-        prompts = read_prompts(folder / _PROMPTS)
-        if sha256(folder / _PROMPTS) != manifest["prompts"]:
-            raise ValueError(f"{folder / _PROMPTS} has changed since it was encoded; encode it into another folder")
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder} holds no encoded prompts (no {MANIFEST}); make them with `encode-prompts`")
+        manifest = load_json(folder / MANIFEST)
+        if not cls.made(manifest):
+            raise ValueError(f"{folder / MANIFEST} is not a manifest of encoded prompts")
+        prompts = read_prompts(folder / PROMPTS)
+        if sha256(folder / PROMPTS) != manifest["prompts"]:
+            way_out = "encode it into another folder, or what it was into this one"
+            raise ValueError(f"{folder / PROMPTS} has changed since it was encoded; {way_out}")
         return cls(folder, prompts, manifest)
 
     @property
@@ -139,6 +156,16 @@ class EncodedPrompts:
             elif sha256(path) != expected:
                 found.append(f"{path} is damaged: its hash is not the manifest's")
         return found
+
+    def check(self) -> None:
+        """Read every file of features once.
+
+        Raises:
+            ValueError: something is wrong; says what, and how to mend it.
+        """
+        if found := self.problems():
+            again = f"`encode-prompts {self.folder / PROMPTS} --out {self.folder}` and its encoder make it again"
+            raise ValueError(f"{found[0]}; {again}")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -192,8 +219,8 @@ def encode_prompts(
     tokens, identity = encoder.tokens(prompts), prompt_identity(encoder, prompts)
     with only_writer(folder):
         claim(folder, "encode-prompts", identity)
-        done = EncodedPrompts.open(folder).manifest["sha256"] if (folder / _MANIFEST).is_file() else {}
-        save_text(folder / _PROMPTS, _joined(prompts))
+        done = load_json(folder / MANIFEST).get("sha256", {}) if (folder / MANIFEST).is_file() else {}
+        save_text(folder / PROMPTS, _joined(prompts))
         hashes = {}
         for number, first in enumerate(range(0, len(tokens), _IN_FILE)):
             path, part = _features(folder, number), tokens[first : first + _IN_FILE]
@@ -203,7 +230,7 @@ def encode_prompts(
             else:
                 _write(path, encoder, part, progress)
             hashes[path.name] = sha256(path)
-        save_json(folder / _MANIFEST, {**identity, "sha256": hashes})
+        save_json(folder / MANIFEST, {**identity, "sha256": hashes})
     return EncodedPrompts.open(folder)
 
 
@@ -253,10 +280,12 @@ def _lines_of(path: Path, column: str | None) -> list[str]:
 
 
 def _csv_column(path: Path, column: str | None) -> list[str]:
-    reader = csv.DictReader(StringIO(_text(path), newline=""))
+    reader = csv.reader(StringIO(_text(path), newline=""))
     try:
-        name = _checked(path, column, reader.fieldnames or ())
-        return [row[name] or "" for row in reader]
+        names = next(reader, [])
+        index = names.index(_checked(path, column, names))
+        # A row without cells is a blank line, or, where one cell is all that there is, an empty one.
+        return ["".join(row[index : index + 1]) for row in reader if row or len(names) == 1]
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV in line {reader.line_num + 1} ({error})") from error
 

@@ -42,7 +42,7 @@ def claim(
     Raises:
         ValueError: the folder holds another run, or files of another kind, or is a file.
     """
-    record = _recorded(out, command)
+    record = recorded(out, command)
     if record is not None:
         difference = first_difference(record["settings"], _plain(settings))
         if difference:
@@ -59,7 +59,7 @@ def record(out: Path, command: str, settings: Mapping[str, Any], notes: Mapping[
     Raises:
         ValueError: the folder holds a run of another command, or is a file.
     """
-    if _recorded(out, command) is None:
+    if recorded(out, command) is None:
         _write(out, command, settings, notes)
 
 
@@ -69,7 +69,7 @@ def record_anew(out: Path, command: str, settings: Mapping[str, Any], notes: Map
     Raises:
         ValueError: the folder holds a run of another command, or is a file.
     """
-    _recorded(out, command)
+    recorded(out, command)
     _write(out, command, settings, notes)
 
 
@@ -110,8 +110,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _recorded(out: Path, command: str) -> dict[str, Any] | None:
-    """The folder's record when it has one of this command."""
+def recorded(out: Path, command: str) -> dict[str, Any] | None:
+    """The folder's record, None where it has none.
+
+    Raises:
+        ValueError: the folder holds a run of another command, or is a file.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for --out")
     path = out / _RECORD

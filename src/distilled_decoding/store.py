@@ -17,10 +17,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distilled_decoding.checkpoint import first_difference, from_json, load_json, save_json, save_tensors, sha256
+from distilled_decoding.checkpoint import (
+    MANIFEST,
+    first_difference,
+    from_json,
+    load_json,
+    save_json,
+    save_tensors,
+    sha256,
+)
 from distilled_decoding.processes import holds_files
-
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +92,7 @@ class TrajectoryStore:
         Raises:
             ValueError: the folder holds something else.
         """
-        if (folder / _MANIFEST).is_file():
+        if (folder / MANIFEST).is_file():
             store = cls.open(folder)
             store.refuse_other(settings, "choose another --out")
         elif holds_files(folder):
@@ -95,7 +101,7 @@ class TrajectoryStore:
             store = cls(folder, json.loads(json.dumps({**settings, "num": 0})))
         if len(store) < num:
             store.manifest["num"] = num
-            save_json(folder / _MANIFEST, store.manifest)
+            save_json(folder / MANIFEST, store.manifest)
         return store
 
     @classmethod
@@ -105,11 +111,11 @@ class TrajectoryStore:
         Raises:
             ValueError: there is no manifest, or it is not one of trajectories.
         """
-        if not (folder / _MANIFEST).is_file():
-            raise ValueError(f"{folder} holds no trajectories (no {_MANIFEST}); make them with `trajectories`")
-        manifest = load_json(folder / _MANIFEST)
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder} holds no trajectories (no {MANIFEST}); make them with `trajectories`")
+        manifest = load_json(folder / MANIFEST)
         if not isinstance(manifest, dict) or not {"teacher", "shard_size", "num"} <= set(manifest):
-            raise ValueError(f"{folder / _MANIFEST} is not a manifest of trajectories")
+            raise ValueError(f"{folder / MANIFEST} is not a manifest of trajectories")
         return cls(folder, manifest)
 
     def refuse_other(self, settings: Mapping[str, Any], way_out: str) -> None:

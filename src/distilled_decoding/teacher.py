@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.condition import Captions, Classes, Condition
+from distilled_decoding.condition import Condition
 from distilled_decoding.flow import FlowSettings, flow_map
 
 Ramp = Literal["constant", "linear"]
@@ -159,23 +159,6 @@ class Teacher(Protocol):
     def decode(self, code_BLC: Tensor) -> Tensor:
         """Images [B, 3, H, W] around [-1, 1], not clamped, of codes that need not be in the codebook."""
         ...
-
-
-def stand_ins(teacher: Any, num: int) -> Condition:
-    """Conditions for a teacher, where time, memory and promises do not depend on what they say.
-
-    Args:
-        teacher: a `Teacher`.
-        num: how many.
-
-    Returns:
-        Its classes in turn; or captions without padding, random features from a fixed seed.
-    """
-    if teacher.num_classes:
-        return Classes(teacher.num_classes)[torch.arange(num) % teacher.num_classes]
-    feature_BTF = torch.randn(num, *teacher.caption_shape, generator=torch.Generator().manual_seed(0))
-    mask_BT = torch.ones(feature_BTF.shape[:2], dtype=torch.bool)
-    return Captions(feature_BTF, mask_BT, torch.zeros(num, dtype=torch.bool))
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ Axis letters: B batch, T caption positions, F caption feature channels.
 """
 
 import html
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,17 +70,22 @@ class TextEncoder:
         model, words = (folder / ENCODER, folder / TOKENIZER) if apart else (folder, folder)
         try:
             with _quiet(transformers):
-                encoder, found = transformers.T5EncoderModel.from_pretrained(model, output_loading_info=True)
-                tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+                encoder, found = transformers.T5EncoderModel.from_pretrained(
+                    model, output_loading_info=True, trust_remote_code=False
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(words, trust_remote_code=False)
         except Exception as error:  # what transformers raises depends on which file is wrong, and how
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
             raise ValueError(f"{folder} holds no text encoder ({reason}); {_WAY_OUT}") from error
         if found["missing_keys"]:
             lacks = sorted(found["missing_keys"])[0]
             raise ValueError(f"{folder} holds no T5 encoder, which would have {lacks!r}; {_WAY_OUT}")
+        ids = tokenizer("a")["input_ids"]
         # Where its files are missing, transformers makes a tokenizer that knows no word.
-        if tokenizer.unk_token_id in tokenizer("a")["input_ids"]:
+        if tokenizer.unk_token_id in ids:
             raise ValueError(f"{words} holds no vocabulary of a tokenizer; {_WAY_OUT}")
+        if ids[-1] != tokenizer.eos_token_id:
+            raise ValueError(f"{words} holds a tokenizer that puts no end token behind a text; {_WAY_OUT}")
         return cls(encoder.float().to(device).eval().requires_grad_(False), tokenizer, max_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -99,12 +106,9 @@ class TextEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What determines the features of a prompt; the weights are hashed when it is first asked for."""
-        return {
-            "tokenizer": type(self.tokenizer).__name__,
-            "weights": fingerprint(self.encoder),
-            "max_tokens": self.max_tokens,
-        }
+        """What determines the features of a text; vocabulary and weights are hashed when it is first asked for."""
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return {"tokenizer": sha256(vocabulary.encode()).hexdigest(), "weights": fingerprint(self.encoder)}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Captions:
@@ -147,9 +151,9 @@ class TextEncoder:
         return Captions(captions.feature_BTF, captions.mask_BT, null_B)
 
     def _cut(self, too_long: Sequence[int], ids: Sequence[int]) -> str:
-        """What to say of prompts that are too long; `ids` are the first one's."""
+        """What to say of prompts that are too long, counted from 1 as lines are; `ids` are the first one's."""
         kept = self.tokenizer.decode(ids[: self.max_tokens - 1], skip_special_tokens=True).split()
-        first = f"prompt {too_long[0]} is longer than {self.max_tokens} tokens and is cut after "
+        first = f"prompt {too_long[0] + 1} is longer than {self.max_tokens} tokens and is cut after "
         first += f'"…{" ".join(kept[-4:])}"'
         return first if len(too_long) == 1 else f"{len(too_long)} prompts are too long: {first}"
 

@@ -109,6 +109,7 @@ def distill_student(
     with ExitStack() as stack:
         stack.enter_context(processes.group(str(pipeline.device)))
         processes.first_acts(store.check)
+        processes.first_acts(table.check)
         processes.first_acts(lambda: claim(out, "distill", determined, {**notes, "device": str(pipeline.device)}))
         processes.first_acts(lambda: stack.enter_context(processes.only_writer(checkpoints.folder)))
         stop = stack.enter_context(stop_signal())

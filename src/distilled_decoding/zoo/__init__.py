@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from distilled_decoding.hub import download
+from distilled_decoding.hub import download, is_id
 from distilled_decoding.metrics.alignment import Judge, alignment, load_retriever
 from distilled_decoding.metrics.features import (
     Classifier,
@@ -55,14 +55,18 @@ def reference() -> Reference:
     return Reference.load(FOLDER / "fashion-features" / "test_images.safetensors")
 
 
-def emoji_reference(features: Extractor) -> Reference:
-    """The real emoji in any features; they are measured anew."""
-    return make_reference(features, emoji().image_NCHW.split(_BATCH), "real emoji")
+def emoji_reference(features: Extractor, image_shape: tuple[int, ...]) -> Reference:
+    """The real emoji of a shape that they have, in any features; they are measured anew."""
+    real = emoji(image_shape)
+    assert real is not None, image_shape
+    return make_reference(features, real.image_NCHW.split(_BATCH), "real emoji")
 
 
-def emoji() -> Pictures:
-    """Real emoji with their prompts."""
-    return Pictures.load(FOLDER / "emoji-features")
+def emoji(image_shape: tuple[int, ...]) -> Pictures | None:
+    """Real emoji with their prompts; None where they are not shipped, or not of this shape."""
+    folder = FOLDER / "emoji-features"
+    real = Pictures.load(folder) if folder.is_dir() else None
+    return real if real is not None and real.image_NCHW.shape[1:] == image_shape else None
 
 
 def judge(prompts: Sequence[str], image_shape: tuple[int, ...], device: torch.device | str = "cpu") -> Judge | None:
@@ -76,9 +80,12 @@ def judge(prompts: Sequence[str], image_shape: tuple[int, ...], device: torch.de
     Returns:
         None when no prompt names an emoji, or when the pictures are not of the emoji's shape.
     """
-    real, retriever = emoji(), load_retriever(FOLDER / "emoji-features" / "names").to(device)
+    real = emoji(image_shape)
+    if real is None:
+        return None
+    retriever = load_retriever(FOLDER / "emoji-features" / "names").to(device)
     name_N = retriever.numbers(prompts)
-    if image_shape != real.image_NCHW.shape[1:] or not (name_N >= 0).any():
+    if not (name_N >= 0).any():
         return None
     asked = set(prompts)
     shown_N = retriever.numbers([prompt if prompt in asked else "" for prompt in real.prompts])
@@ -99,7 +106,7 @@ def resolve(model: str | Path) -> Path:
     if not folder.exists():
         if name in PRESETS:
             raise ValueError(f"{name} is a published model: convert its files first (docs/published-models.md)")
-        if name.count("/") != 1 or name.startswith((".", "/")):
+        if not is_id(name):
             raise ValueError(f"unknown model {name!r} ({ways})")
         try:
             folder = download(name)

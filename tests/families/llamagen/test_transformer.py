@@ -11,6 +11,7 @@ from distilled_decoding.families.llamagen.transformer import (
     rope_table,
     rotate,
 )
+from tests import tiny
 from tests.families.llamagen import reference
 from tests.golden import load_case
 
@@ -115,7 +116,7 @@ def test_forward_reads_neither_more_nor_less_than_it_needs():
 def test_a_fresh_transformer_predicts_uniformly_and_learns():
     torch.manual_seed(0)
     transformer = Transformer(CONFIG, dropout=0.1)
-    token_BL, condition = torch.randint(24, (8, 16)), Labels.balanced(8, 5)
+    token_BL, condition = torch.randint(24, (8, 16)), tiny.labels(8, 5)
     assert not transformer(token_BL, condition).any()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
     losses = []

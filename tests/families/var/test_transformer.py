@@ -5,6 +5,7 @@ import torch
 
 from distilled_decoding.condition import Labels
 from distilled_decoding.families.var.transformer import Transformer, TransformerConfig
+from tests import tiny
 from tests.families.var import reference
 from tests.golden import load_case
 
@@ -149,7 +150,7 @@ def test_a_shared_modulation_equals_one_of_each_layer_with_the_same_values(condi
 def test_a_fresh_transformer_predicts_uniformly_and_learns(shared_aln: bool) -> None:
     torch.manual_seed(0)
     transformer = Transformer(replace(CONFIG, shared_aln=shared_aln))
-    token_BL, condition = torch.randint(24, (8, LENGTH)), Labels.balanced(8, 5)
+    token_BL, condition = torch.randint(24, (8, LENGTH)), tiny.labels(8, 5)
     input_BLC = torch.randn(8, LENGTH - 1, 4)
     assert not transformer(input_BLC, condition).any()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
