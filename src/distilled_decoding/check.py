@@ -164,10 +164,11 @@ def _teacher_is_complete(teacher: Teacher) -> None:
 def _teacher_has_blocks_codes_and_classes(teacher: Teacher) -> None:
     order, codebook, num_classes = teacher.order, teacher.codebook, teacher.num_classes
     _expect(isinstance(order, BlockOrder), f"order must be a BlockOrder, got {order!r}")
-    captions = getattr(teacher, "caption_shape", None)
+    captions: Any = getattr(teacher, "caption_shape", None)
     reads_captions = num_classes == 0 and isinstance(captions, tuple) and len(captions) == 2
+    sizes = captions if reads_captions else (num_classes,)
     _expect(
-        all(isinstance(size, int) and size >= 1 for size in (captions if reads_captions else (num_classes,))),
+        all(isinstance(size, int) and size >= 1 for size in sizes),
         "num_classes must be an integer of at least 1 (a teacher without classes has one), or 0 beside a "
         f"`caption_shape` of two of them if captions are read, got {num_classes!r} and {captions!r}",
     )

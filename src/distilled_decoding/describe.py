@@ -96,7 +96,7 @@ def _captions(pipeline: Pipeline) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "width": width,
-        "text_encoder": pipeline.config.text_encoder,
+        "text_encoder": pipeline.text_source,
         "prompts": len(pipeline.prompts),
     }
 

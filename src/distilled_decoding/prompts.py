@@ -287,7 +287,7 @@ def _csv_column(path: Path, column: str | None) -> list[str]:
         # A row without cells is a blank line, or, where one cell is all that there is, an empty one.
         return ["".join(row[index : index + 1]) for row in reader if row or len(names) == 1]
     except csv.Error as error:
-        raise ValueError(f"{path} is not CSV in line {reader.line_num + 1} ({error})") from error
+        raise ValueError(f"{path} is not CSV in line {reader.line_num} ({error})") from error
 
 
 def _parquet_column(path: Path, column: str | None) -> list[str]:
