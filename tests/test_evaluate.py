@@ -388,7 +388,7 @@ def test_a_summary_gives_mean_and_spread_and_never_the_best(extractor, reference
 def test_processes_that_share_an_evaluation_change_no_digit(tmp_path):
     real_NCHW = torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     write_npz(tmp_path / "real.npz", [real_NCHW], torch.zeros(20, dtype=torch.int64))
-    words = ["evaluate", "fashion-llamagen", "--methods", "1", "2", "--seeds", "0", "1", "--num", "8"]
+    words = ["evaluate", "fashion-llamagen", "--methods", "1", "--seeds", "0", "1", "--num", "8"]
     words += ["--reference", tmp_path / "real.npz", "--out"]
     ranks = children.ranks([*words, tmp_path / "two"], [tmp_path / "first.txt", tmp_path / "second.txt"])
     alone = children.command([*words, tmp_path / "one"], tmp_path / "alone.txt")

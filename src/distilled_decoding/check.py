@@ -9,6 +9,7 @@ Axis letters: B batch, L tokens in a sequence, K tokens in a block, V codebook e
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
