@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distilled_decoding import commands, describe, training_command
 from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.distill import DistillSettings, distill
+from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import LossWeights
 from distilled_decoding.parallel import RunSettings
@@ -109,7 +110,8 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, ru
 
     def work() -> None:
         new, table = students.pop(), tiny.CLASSES
-        trained = distill(pipe.teacher, new, shard, table, SETTINGS, 1, checkpoints, lambda update: True, run=run)
+        method = Trajectories(pipe.teacher, shard, table, SETTINGS, 1)
+        trained = distill(method, new, SETTINGS, checkpoints, lambda update: True, run)
         pipe.with_student(trained, (0,), 1).save_pretrained(tmp_path / "model")
 
     real = allocated_bytes(work, tmp_path)

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from distilled_decoding import checkpoint, training_state
+from distilled_decoding import checkpoint, distill_trajectories, training_state
 from distilled_decoding import distill as distill_module
 from distilled_decoding import pipeline as pipeline_module
 from distilled_decoding.distill import DistillSettings, Update, distill
+from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline
@@ -106,7 +107,8 @@ def train(
     with group():
         checkpoints = Checkpoints(out / (keep or name) / "checkpoints", save_every=2)
         new, table, way = pipe.new_student(0), tiny.CLASSES, RunSettings(**run)
-        student = distill(pipe.teacher, new, store, table, settings, 2, checkpoints, on_update, None, way)
+        method = Trajectories(pipe.teacher, store, table, settings, 2)
+        student = distill(method, new, settings, checkpoints, on_update, way)
     result = {"losses": losses, "seen": store.seen, "finished": student is not None}
     checkpoint.save_json(out / name / f"{rank()}.json", result)
     if student is not None and is_first():
@@ -115,7 +117,7 @@ def train(
 
 def poisoned_on_one_process(out: Path) -> None:
     """In the third update, the losses of the last process alone are not numbers."""
-    original, calls = distill_module.batch_loss, []
+    original, calls = distill_trajectories.batch_loss, []
 
     def batch_loss(*arguments: Any) -> Any:
         calls.append(1)
@@ -124,7 +126,7 @@ def poisoned_on_one_process(out: Path) -> None:
             return replace(losses, total=losses.total * torch.nan)
         return losses
 
-    distill_module.batch_loss = batch_loss
+    distill_trajectories.batch_loss = batch_loss
     train(out, "poisoned")
 
 

@@ -145,6 +145,7 @@ def distill(
     trajectories: Path | None = None,
     out: Path | None = None,
     prompts: Path | None = None,
+    start: training_command.Start = "teacher",
     split_block: int | None = None,
     perceptual: Perceptual = "none",
     upkeep: Annotated[training_command.Upkeep, OmitArgPrefixes] = training_command.Upkeep(),  # noqa: B008 - frozen
@@ -153,15 +154,16 @@ def distill(
     plan: bool = False,
     json: bool = False,
 ) -> None:
-    """Train a student on a model's trajectories; `out` is a whole pipeline folder when done.
+    """Train a student of a model; `out` is a whole pipeline folder when done.
 
     Args:
         model: shipped name, folder or hub id: the teacher.
         settings: of the training.
-        trajectories: folder that `trajectories` made with this model.
+        trajectories: folder that `trajectories` made with this model; not needed with --method tokens.
         out: folder of the new pipeline; checkpoints and the log lie beneath.
         prompts: of a model that reads text, the folder of the encoded prompts; by default prompts/ in that of the
-            trajectories.
+            trajectories, or without them the model's own prompts.
+        start: what the student begins as: the teacher, or the student that MODEL has.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
         upkeep: what is written while it trains.
@@ -176,12 +178,23 @@ def distill(
         training = override(pipeline.config.training, settings)
         _print(training_command.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
         return
-    store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
     out = _needed(out, "--out")
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
+    if training.method == "trajectories":
+        trajectories = _needed(trajectories, "--trajectories")
     trained = training_command.distill_student(
-        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run, prompts=prompts
+        model,
+        pipeline,
+        None if trajectories is None else TrajectoryStore.open(trajectories),
+        out,
+        training,
+        split_block,
+        perceptual,
+        upkeep=upkeep,
+        run=run,
+        prompts=prompts,
+        start=start,
     )
     if processes.is_first():
         _print({"pipeline": str(out), **describe.info(trained)}, json)

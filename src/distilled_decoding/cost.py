@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distilled_decoding.distill import DistillSettings, attention_on, batch_loss
+from distilled_decoding.distill import DistillSettings, attention_on
+from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.flow import flow_map
 from distilled_decoding.parallel import RunSettings, recompute_layers
 from distilled_decoding.store import Shard

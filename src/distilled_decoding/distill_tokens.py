@@ -1,0 +1,210 @@
+"""Token matching: the student draws tokens of its own, and the teacher's conditionals on them say what to change.
+
+For each of the student's starting blocks a tracker, the teacher's network to begin with, learns how likely the student
+makes a token after those before it; where that is more than the teacher would have it, the student is turned down. One
+start is drawn for all rows of an update, since what a tracker learns from several would be their mixture.
+
+Axis letters: B batch, L tokens in a sequence, K tokens of the known blocks, V codebook entries, C code channels.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilled_decoding.codebook import lookup
+from distilled_decoding.condition import Condition, ConditionTable
+from distilled_decoding.distill import (
+    STUDENT,
+    DistillSettings,
+    Forward,
+    LossesOf,
+    batch_indices,
+    start_blocks_of,
+    token_weights,
+)
+from distilled_decoding.distill_trajectories import output_loss
+from distilled_decoding.losses import ImageDistance, Losses, TokenLosses, Totals, token_loss, tracker_loss
+from distilled_decoding.noise import gaussian_noise, image_keys, uniform
+from distilled_decoding.store import Shard, TrajectoryStore
+from distilled_decoding.student import STUDENT_STREAM, StudentOutput, draw_tokens
+from distilled_decoding.teacher import Guidance, Teacher, TeacherSampling, log_probabilities
+
+
+class Tracker(nn.Module):
+    """A teacher's network as a function: log probabilities of all tokens of a sequence, without guidance.
+
+    Args:
+        teacher: a `Teacher` that is a module; those of its parameters are trained that require a gradient.
+    """
+
+    def __init__(self, teacher: Any) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, token_BL: Tensor, condition: Condition) -> Tensor:
+        """Log probabilities of each token given the blocks before its own, float32 [B, L, V]."""
+        return self.teacher.forced_logits(token_BL, condition, Guidance()).float().log_softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What a student made of some noise.
+
+    Attributes:
+        output: its predictions.
+        log_pi_BLV: the distributions that its tokens are drawn from, float32.
+        token_BL: known tokens, and behind them those that were drawn.
+        condition: what was asked for.
+        batch: where it began; without trajectories it has no tokens.
+    """
+
+    output: StudentOutput
+    log_pi_BLV: Tensor
+    token_BL: Tensor
+    condition: Condition
+    batch: Shard
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The method `tokens`, a `distill.Method`.
+
+    Attributes:
+        teacher: judges the tokens.
+        tracker: a copy of the teacher, all of whose parameters that require a gradient are trained.
+        table: what images are asked for.
+        sampling: the teacher's distribution, which the student is to match.
+        settings: see there.
+        trajectories: the teacher's, of the same table. With them, noise, conditions and known blocks are theirs;
+            without, noise is ever new, conditions are those of the table in turn, and known blocks are the student's
+            own, of one step.
+        image_distance: the perceptual distance, needed when it has a part in the loss on trajectories.
+
+    Raises:
+        ValueError: settings that do not fit the teacher, or a loss on trajectories without any.
+    """
+
+    teacher: Teacher
+    tracker: nn.Module
+    table: ConditionTable
+    sampling: TeacherSampling
+    settings: DistillSettings
+    trajectories: Shard | TrajectoryStore | None = None
+    image_distance: ImageDistance | None = None
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        settings.check(self.teacher.order, self.teacher.order.num_blocks)
+        if settings.tokens.trajectory_weight > 0 and self.trajectories is None:
+            raise ValueError(f"a trajectory weight of {settings.tokens.trajectory_weight} needs trajectories")
+        if self.image_distance is None and settings.tokens.trajectory_weight * settings.loss.perceptual_weight > 0:
+            raise ValueError(f"a perceptual weight of {settings.loss.perceptual_weight} needs an image distance")
+
+    @cached_property
+    def networks(self) -> Mapping[str, tuple[nn.Module, float]]:
+        """A tracker for each starting block."""
+        rate = self.settings.tokens.tracker_learning_rate
+        return {_name(start): (Tracker(copy.deepcopy(self.tracker)), rate) for start in self.settings.start_blocks}
+
+    def steps(self, update: int) -> Iterator[tuple[str, LossesOf]]:
+        """See `distill.Method`: the tracker's steps and then the student's, each on a batch of its own."""
+        known_blocks = int(start_blocks_of(update, self.settings)[0])
+        batches = self.settings.tokens.tracker_updates + 1
+        first = update * batches
+        for batch in range(first, first + batches - 1):
+            yield _name(known_blocks), partial(self._tracker_losses, batch, known_blocks)
+        yield STUDENT, partial(self._student_losses, first + batches - 1, known_blocks)
+
+    def _tracker_losses(self, batch: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice) -> Losses:
+        with torch.no_grad():
+            drawn = self._draw(batch, known_blocks, forwards[STUDENT], part)
+        log_psi_BLV = self._track(forwards[_name(known_blocks)], drawn)
+        return Losses(tracker_loss(log_psi_BLV, drawn.token_BL, self._weights(known_blocks, part)))
+
+    def _student_losses(
+        self, batch: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice
+    ) -> TokenLosses:
+        settings = self.settings.tokens
+        drawn = self._draw(batch, known_blocks, forwards[STUDENT], part)
+        with torch.no_grad():
+            logits_BLV = self.teacher.forced_logits(drawn.token_BL, drawn.condition, self.sampling.guidance)
+            log_p_BLV = log_probabilities(logits_BLV, self.sampling)
+            log_psi_BLV = self._track(forwards[_name(known_blocks)], drawn)
+        weight_BL = self._weights(known_blocks, part)
+        losses = token_loss(drawn.log_pi_BLV, log_psi_BLV, log_p_BLV, drawn.token_BL, weight_BL, settings)
+        # The code head has no say, but processes wait for a gradient of every parameter.
+        total = losses.total + 0 * drawn.output.code_BLC.sum()
+        if settings.trajectory_weight == 0:
+            return replace(losses, total=total)
+        known_blocks_B, num_blocks = self._known_blocks_B(known_blocks), self.teacher.order.num_blocks
+        trajectories = output_loss(
+            self.teacher,
+            drawn.output,
+            drawn.batch,
+            known_blocks_B,
+            self.settings,
+            num_blocks,
+            self.image_distance,
+            part,
+        ).total
+        return replace(losses, total=total + settings.trajectory_weight * trajectories, trajectories=trajectories)
+
+    def _draw(self, batch: int, known_blocks: int, student: Forward, part: slice) -> Drawn:
+        """Let the student finish a part of a batch, each token drawn by its image's own key."""
+        order, codebook_VC = self.teacher.order, self.teacher.codebook
+        temperature, device = self.settings.tokens.temperature, codebook_VC.device
+        begun = self._batch(batch, part)
+        condition, key_B = self.table[begun.label_N].to(device), begun.key_N.to(device)
+        noise_BLC = gaussian_noise(key_B, order.length, codebook_VC.shape[1])
+        uniform_BL = uniform(key_B, order.length, STUDENT_STREAM)
+
+        def predict(x_BLC: Tensor, blocks: int) -> StudentOutput:
+            known_blocks_B = torch.full((len(x_BLC),), blocks, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bf16):
+                return student(x_BLC, condition, known_blocks_B)
+
+        num_known = order.tokens_before(known_blocks)
+        known_BK = begun.token_NL[:, :num_known].to(device)
+        if num_known and self.trajectories is None:
+            with torch.no_grad():
+                logits_BKV = predict(noise_BLC[:, :num_known], 0).logits_BLV
+            known_BK = draw_tokens(logits_BKV, temperature, uniform_BL)
+        x_BLC = torch.cat([lookup(known_BK, codebook_VC), noise_BLC[:, num_known:]], 1)
+        output = predict(x_BLC, known_blocks)
+        log_pi_BLV = (output.logits_BLV / temperature).log_softmax(-1)
+        drawn_BL = draw_tokens(output.logits_BLV.detach(), temperature, uniform_BL)
+        return Drawn(output, log_pi_BLV, torch.cat([known_BK, drawn_BL[:, num_known:]], 1), condition, begun)
+
+    def _batch(self, batch: int, part: slice) -> Shard:
+        """A part of the rows of a batch: trajectories, or conditions with keys and no tokens."""
+        settings = self.settings
+        if self.trajectories is not None:
+            return self.trajectories[batch_indices(batch, settings, len(self.trajectories))[part]]
+        row_B = range(batch * settings.batch_size, (batch + 1) * settings.batch_size)[part]
+        number_B = batch_indices(batch, settings, len(self.table))[part]
+        token_BK = torch.empty(len(row_B), 0, dtype=torch.int64)
+        return Shard(token_BK, number_B, image_keys("training", settings.seed, row_B))
+
+    def _track(self, tracker: Forward, drawn: Drawn) -> Tensor:
+        with torch.autocast(drawn.token_BL.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            return tracker(drawn.token_BL, drawn.condition)
+
+    def _known_blocks_B(self, known_blocks: int) -> Tensor:
+        return torch.full((self.settings.batch_size,), known_blocks)
+
+    def _weights(self, known_blocks: int, part: slice) -> Tensor:
+        """What each token of a part counts for in the mean over all unknown tokens of an update, [B, L]."""
+        order, device = self.teacher.order, self.teacher.codebook.device
+        known_BL = order.known_BL(self._known_blocks_B(known_blocks).to(device))
+        weight_L = token_weights(order, self.settings, device)
+        weight_BL = (~known_BL).float() * (1.0 if weight_L is None else weight_L)
+        return weight_BL[part] / Totals.of(known_BL, weight_L).weight
+
+
+def _name(known_blocks: int) -> str:
+    return f"tracker-{known_blocks}"
