@@ -58,6 +58,7 @@ def sample(
     teacher_span: tuple[int, int] | None = None,
     prefix: Prefix = "causal",
     split_block: int | None = None,
+    student_temperature: float | None = None,
     seed: int = 0,
     out: Path | None = None,
     grid: Path | None = None,
@@ -81,6 +82,7 @@ def sample(
         prefix: how the teacher reads the blocks before its span; `unmasked` is how VAR's published results with it
             were made.
         split_block: blocks before it come from the logits, the others from the code head; by default the model's.
+        student_temperature: of the draw of tokens from the logits; 0 takes the most likely; by default the model's.
         seed: of the run.
         out: folder for one PNG an image.
         grid: .png file for one picture of all images, ten in a row.
@@ -92,7 +94,8 @@ def sample(
         json: print one JSON object.
     """
     run = commands.SampleRun(model, labels, prompt, num, _steps(steps), schedule, teacher_span, prefix, seed)
-    pipeline = _load(model, device, dtype, compile).with_settings(**_given({"split_block": split_block}))
+    given = _given({"split_block": split_block, "student_temperature": student_temperature})
+    pipeline = _load(model, device, dtype, compile).with_settings(**given)
     _print(commands.sample_images(run, pipeline, out, grid, npz), json)
 
 
@@ -299,6 +302,7 @@ def evaluate(
     num: int = EvaluationSettings.num,
     seeds: tuple[int, ...] = EvaluationSettings.seeds,
     keep: int = EvaluationSettings.keep,
+    student_temperature: float | None = None,
     prompts: Path | None = None,
     column: str | None = None,
     features: FeatureName | None = None,
@@ -319,6 +323,7 @@ def evaluate(
         num: images of each method and seed, classes or prompts in turn.
         seeds: run seeds; mean and spread are over them.
         keep: images of each run that are kept for pictures.
+        student_temperature: see `sample`.
         prompts: what a model of captions is asked for: a file, one prompt a line, or a folder of encode-prompts; by
             default the prompts that the model ships.
         column: of the prompts in a .csv or .parquet file.
@@ -332,7 +337,8 @@ def evaluate(
         compile: worth it for many images.
         json: print one JSON object.
     """
-    pipeline = _load(model, device, dtype, compile)
+    given = _given({"student_temperature": student_temperature})
+    pipeline = _load(model, device, dtype, compile).with_settings(**given)
     settings = EvaluationSettings(methods, num, seeds, keep)
     summary = commands.evaluate_model(
         model, pipeline, out, settings, prompts, column, features, reference, inception_weights

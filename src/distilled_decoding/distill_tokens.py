@@ -7,8 +7,8 @@ start is drawn for all rows of an update, since what a tracker learns from sever
 Axis letters: B batch, L tokens in a sequence, K tokens of the known blocks, V codebook entries, C code channels.
 """
 
-import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -76,7 +76,7 @@ class Tokens:
 
     Attributes:
         teacher: judges the tokens.
-        tracker: a copy of the teacher, all of whose parameters that require a gradient are trained.
+        new_tracker: makes a copy of the teacher; those of its parameters are trained that require a gradient.
         table: what images are asked for.
         sampling: the teacher's distribution, which the student is to match.
         settings: see there.
@@ -90,7 +90,7 @@ class Tokens:
     """
 
     teacher: Teacher
-    tracker: nn.Module
+    new_tracker: Callable[[], nn.Module]
     table: ConditionTable
     sampling: TeacherSampling
     settings: DistillSettings
@@ -108,8 +108,8 @@ class Tokens:
     @cached_property
     def networks(self) -> Mapping[str, tuple[nn.Module, float]]:
         """A tracker for each starting block."""
-        rate = self.settings.tokens.tracker_learning_rate
-        return {_name(start): (Tracker(copy.deepcopy(self.tracker)), rate) for start in self.settings.start_blocks}
+        rate = self.settings.tokens.tracker_rate * self.settings.learning_rate
+        return {_name(start): (Tracker(self.new_tracker()), rate) for start in self.settings.start_blocks}
 
     def steps(self, update: int) -> Iterator[tuple[str, LossesOf]]:
         """See `distill.Method`: the tracker's steps and then the student's, each on a batch of its own."""
@@ -122,7 +122,7 @@ class Tokens:
 
     def _tracker_losses(self, batch: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice) -> Losses:
         with torch.no_grad():
-            drawn = self._draw(batch, known_blocks, forwards[STUDENT], part)
+            drawn = self.drawn(batch, known_blocks, forwards[STUDENT], part)
         log_psi_BLV = self._track(forwards[_name(known_blocks)], drawn)
         return Losses(tracker_loss(log_psi_BLV, drawn.token_BL, self._weights(known_blocks, part)))
 
@@ -130,7 +130,7 @@ class Tokens:
         self, batch: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice
     ) -> TokenLosses:
         settings = self.settings.tokens
-        drawn = self._draw(batch, known_blocks, forwards[STUDENT], part)
+        drawn = self.drawn(batch, known_blocks, forwards[STUDENT], part)
         with torch.no_grad():
             logits_BLV = self.teacher.forced_logits(drawn.token_BL, drawn.condition, self.sampling.guidance)
             log_p_BLV = log_probabilities(logits_BLV, self.sampling)
@@ -154,10 +154,17 @@ class Tokens:
         ).total
         return replace(losses, total=total + settings.trajectory_weight * trajectories, trajectories=trajectories)
 
-    def _draw(self, batch: int, known_blocks: int, student: Forward, part: slice) -> Drawn:
-        """Let the student finish a part of a batch, each token drawn by its image's own key."""
+    def drawn(self, batch: int, known_blocks: int, student: Forward, part: slice = slice(None)) -> Drawn:  # noqa: B008
+        """Let a student finish sequences, each token drawn by its image's own key, as in sampling.
+
+        Args:
+            batch: which, counted over the whole training.
+            known_blocks: how many leading blocks are known.
+            student: the model; gradients flow through its last pass.
+            part: the rows of the batch.
+        """
         order, codebook_VC = self.teacher.order, self.teacher.codebook
-        temperature, device = self.settings.tokens.temperature, codebook_VC.device
+        temperature, device = self.settings.tokens.draw_temperature, codebook_VC.device
         begun = self._batch(batch, part)
         condition, key_B = self.table[begun.label_N].to(device), begun.key_N.to(device)
         noise_BLC = gaussian_noise(key_B, order.length, codebook_VC.shape[1])
@@ -186,7 +193,9 @@ class Tokens:
         if self.trajectories is not None:
             return self.trajectories[batch_indices(batch, settings, len(self.trajectories))[part]]
         row_B = range(batch * settings.batch_size, (batch + 1) * settings.batch_size)[part]
-        number_B = batch_indices(batch, settings, len(self.table))[part]
+        # Of few conditions a pass takes each several times: a batch shall not need an order for every few rows.
+        copies = math.ceil(settings.batch_size / len(self.table))
+        number_B = batch_indices(batch, settings, copies * len(self.table))[part] % len(self.table)
         token_BK = torch.empty(len(row_B), 0, dtype=torch.int64)
         return Shard(token_BK, number_B, image_keys("training", settings.seed, row_B))
 

@@ -76,10 +76,10 @@ class TokenSettings:
     """How a student learns from the teacher's judgement of its own tokens (Eq. 10, 11, 12).
 
     Attributes:
-        temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
+        draw_temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
         ratio_clamp: largest log-ratio of tracker and teacher, either way; codes that the teacher never samples have it.
         tracker_updates: of the tracker in each update of the student.
-        tracker_learning_rate: the peak of its schedule, which is the student's.
+        tracker_rate: its learning rate, in units of the student's.
         entropy_weight: of the entropy of the student's tokens; what is positive makes it surer, what is negative less.
         trajectory_weight: of the loss on trajectories; 0 needs none.
 
@@ -87,15 +87,15 @@ class TokenSettings:
         ValueError: a setting outside its range.
     """
 
-    temperature: float = 1.0
+    draw_temperature: float = 1.0
     ratio_clamp: float = 5.0
     tracker_updates: int = 2
-    tracker_learning_rate: float = 1e-3
+    tracker_rate: float = 1.0
     entropy_weight: float = 0.0
     trajectory_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "ratio_clamp", "tracker_updates", "tracker_learning_rate"):
+        for name in ("draw_temperature", "ratio_clamp", "tracker_updates", "tracker_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not math.isfinite(self.entropy_weight):

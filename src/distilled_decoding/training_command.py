@@ -103,18 +103,20 @@ def distill_student(
     pipeline = _learnt_from(pipeline, store, settings, split_block)
     method = _method(pipeline, store, table, image_distance(perceptual, str(pipeline.device)))
     new = _new_student(pipeline, start)
-    determined = {
+    determined: dict[str, Any] = {
         "teacher": pipeline.fingerprint,
         "settings": asdict(settings),
         "split_block": split_block,
         "perceptual": perceptual,
-        **({"asked": table.identity} if store is None else {"trajectories": store.identity}),
-        **({"sampling": asdict(pipeline.config.sampling)} if store is None else {}),
-        **({"student": pipeline.student_fingerprint} if start == "student" else {}),
     }
     notes: dict[str, Any] = {"model": model}
-    if store is not None:
+    if store is None:
+        determined |= {"asked": table.identity, "sampling": asdict(pipeline.config.sampling)}
+    else:
+        determined |= {"trajectories": store.identity}
         notes |= {"trajectories": str(store.folder), "num_trajectories": len(store)}
+    if start == "student":
+        determined |= {"student": pipeline.student_fingerprint}
     checkpoints = Checkpoints(out / "checkpoints", determined, upkeep.save_every, upkeep.keep_last)
     with ExitStack() as stack:
         stack.enter_context(processes.group(str(pipeline.device)))
@@ -144,14 +146,13 @@ def _resolved(
     """The settings and the split of a training, where not given those of the model, checked against its blocks."""
     settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
     num_blocks = pipeline.teacher.order.num_blocks
-    if settings.method == "tokens":
-        if split_block not in (None, num_blocks):
-            raise ValueError(
-                f"--method tokens makes all {num_blocks} blocks from the logits, not those before --split-block "
-                f"{split_block}; leave it out"
-            )
-        split_block = num_blocks
-    split_block = pipeline.config.split_block if split_block is None else split_block
+    default = num_blocks if settings.method == "tokens" else pipeline.config.split_block
+    split_block = default if split_block is None else split_block
+    if settings.method == "tokens" and split_block != num_blocks:
+        raise ValueError(
+            f"--method tokens trains the logits of all {num_blocks} blocks, and leaves --split-block {split_block} no "
+            "code head to take the others from; leave it out"
+        )
     settings.check(pipeline.teacher.order, split_block)
     weight = settings.loss.perceptual_weight
     if (perceptual == "none") != (weight == 0):
@@ -176,7 +177,7 @@ def _learnt_from(
 ) -> Pipeline:
     """The teacher with the settings of the new pipeline: it samples from what the student sees."""
     num = {} if store is None else {"num_trajectories": len(store)}
-    temperature = settings.tokens.temperature if settings.method == "tokens" else 0.0
+    temperature = settings.tokens.draw_temperature if settings.method == "tokens" else 0.0
     return pipeline.with_settings(
         start_blocks=settings.start_blocks,
         split_block=split_block,
@@ -192,8 +193,7 @@ def _method(
     """What the settings of a pipeline say that its student learns from."""
     config = pipeline.config
     if config.training.method == "tokens":
-        tracker = pipeline.new_tracker()
-        return Tokens(pipeline.teacher, tracker, table, config.sampling, config.training, store, distance)
+        return Tokens(pipeline.teacher, pipeline.new_tracker, table, config.sampling, config.training, store, distance)
     if store is None:
         raise ValueError("--method trajectories needs trajectories: make some, and give --trajectories FOLDER")
     return Trajectories(pipeline.teacher, store, table, config.training, config.split_block, distance)
