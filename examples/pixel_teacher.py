@@ -243,7 +243,7 @@ def main(out: Path, teacher_updates: int = 500, trajectories: int = 8192, update
     training = DistillSettings(updates, learning_rate=8e-3, ema_rate=0.99, start_blocks=starts, bf16=False)
     checkpoints = Checkpoints(out / "checkpoints")
     method = Trajectories(teacher, store, table, training, SIDE)
-    distilled = distill(method, student, training, checkpoints, on_update=lambda update: True)
+    distilled = distill(method, student, checkpoints, on_update=lambda update: True)
     pipe.with_student(distilled, starts, SIDE).save_pretrained(out / "model")
     return compare(Pipeline.from_pretrained(out / "model"), out / "grid.png")
 

@@ -111,7 +111,7 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, ru
     def work() -> None:
         new, table = students.pop(), tiny.CLASSES
         method = Trajectories(pipe.teacher, shard, table, SETTINGS, 1)
-        trained = distill(method, new, SETTINGS, checkpoints, lambda update: True, run)
+        trained = distill(method, new, checkpoints, lambda update: True, run)
         pipe.with_student(trained, (0,), 1).save_pretrained(tmp_path / "model")
 
     real = allocated_bytes(work, tmp_path)

@@ -43,7 +43,7 @@ def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | 
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     method = Trajectories(pipe.teacher, shard, tiny.CLASSES, settings, 16)
-    student = distill(method, pipe.new_student(0), settings, checkpoints, on_update)
+    student = distill(method, pipe.new_student(0), checkpoints, on_update)
     return student, losses
 
 
@@ -69,7 +69,7 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
     )
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     method = Trajectories(pipe.teacher, shard, tiny.CLASSES, settings, 16)
-    student = distill(method, pipe.new_student(0), settings, checkpoints, lambda u: True)
+    student = distill(method, pipe.new_student(0), checkpoints, lambda u: True)
     trained = pipe.with_student(student, settings.start_blocks, split_block=16)
     condition = Labels(shard.label_N, 3)
     expected = lookup(shard.token_NL, pipe.teacher.codebook)
@@ -247,7 +247,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, mon
     shard = tiny.shard(tmp_path / "trajectories", pipe)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     method = Trajectories(pipe.teacher, shard, tiny.CLASSES, SETTINGS, 16)
-    student = distill(method, pipe.new_student(0), SETTINGS, checkpoints, on_update)
+    student = distill(method, pipe.new_student(0), checkpoints, on_update)
     assert [number for number, (finite, _) in enumerate(seen, 1) if not finite] == [2, 5, 6]
     assert [skipped for _, skipped in seen] == [0, 1, 1, 1, 2] + 7 * [3]
     for before, after, finite in zip(weights[:-1], weights[1:], [finite for finite, _ in seen[1:]], strict=True):
@@ -259,7 +259,7 @@ def distill_tiny(folder: Path, run: RunSettings) -> None:
     pipe = tiny.pipeline()
     shard, checkpoints = tiny.shard(folder / "trajectories", pipe), Checkpoints(folder / "c")
     method = Trajectories(pipe.teacher, shard, tiny.CLASSES, SETTINGS, 16)
-    distill(method, pipe.new_student(0), SETTINGS, checkpoints, lambda update: True, run)
+    distill(method, pipe.new_student(0), checkpoints, lambda update: True, run)
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

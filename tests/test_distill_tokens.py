@@ -179,7 +179,7 @@ def test_a_student_finds_the_teachers_joint_distribution(tmp_path: Path) -> None
     """With no image and no trajectory to learn from."""
     student, target_VV = Faces(random_logits(2, seed=2)), joint_of(random_logits(2, seed=1))
     before = (joint_of(student.logits_ZLV).detach() - target_VV).abs().sum()
-    trained = distill(toy(target_VV), student, TOY, Checkpoints(tmp_path), lambda update: True)
+    trained = distill(toy(target_VV), student, Checkpoints(tmp_path), lambda update: True)
     assert (joint_of(trained.logits_ZLV) - target_VV).abs().sum() < 0.15 * before
 
 
@@ -273,7 +273,7 @@ def run(folder: Path, stop_after: int | None = None):
         losses.append(float(update.losses.total))
         return update.number != stop_after
 
-    return distill(method_of(pipe), pipe.new_student(0), SETTINGS, Checkpoints(folder), on_update), losses
+    return distill(method_of(pipe), pipe.new_student(0), Checkpoints(folder), on_update), losses
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def train(
         if settings.method == "tokens":
             mixed = store if settings.tokens.trajectory_weight else None
             method = Tokens(pipe.teacher, pipe.new_tracker, table, tiny.SAMPLING, settings, mixed)
-        student = distill(method, new, settings, checkpoints, on_update, way)
+        student = distill(method, new, checkpoints, on_update, way)
     result = {"losses": losses, "seen": store.seen, "finished": student is not None}
     checkpoint.save_json(out / name / f"{rank()}.json", result)
     if student is not None and is_first():

@@ -223,6 +223,11 @@ class Method(Protocol):
         ...
 
     @property
+    def settings(self) -> DistillSettings:
+        """How the student is trained."""
+        ...
+
+    @property
     def networks(self) -> Mapping[str, tuple[nn.Module, float]]:
         """What is trained beside the student, by name, with the peak of its learning rate."""
         ...
@@ -277,7 +282,6 @@ class _Learner:
 def distill(
     method: Method,
     student: nn.Module,
-    settings: DistillSettings,
     checkpoints: Checkpoints,
     on_update: Callable[[Update], bool],
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
@@ -290,7 +294,6 @@ def distill(
     Args:
         method: what the student learns from.
         student: trained in place, on the teacher's device.
-        settings: see there.
         checkpoints: hold the run; when there are some, the run goes on from the newest.
         on_update: hears of every update, in every process; when it returns False in any, the run is saved and stops.
         run: see there.
@@ -303,7 +306,7 @@ def distill(
         ValueError: settings that do not fit the processes, or no valid checkpoint among those there are.
         FloatingPointError: too many updates in a row were not finite.
     """
-    parts = own_parts(settings.batch_size, run.micro_batch)
+    settings, parts = method.settings, own_parts(method.settings.batch_size, run.micro_batch)
     average = copy.deepcopy(student).requires_grad_(False).eval()
     result = copy.deepcopy(average) if run.sharded else average
     learners = {STUDENT: _Learner(student.train(), settings, run)}
@@ -317,8 +320,8 @@ def distill(
     while counts.updates < settings.num_updates:
         update = counts.updates
         steps: list[_Step] = []
-        with attention_on(method.teacher.codebook.device):
-            for name, losses_of in method.steps(update):
+        for name, losses_of in method.steps(update):
+            with attention_on(method.teacher.codebook.device):
                 steps.append(learners[name].step(partial(losses_of, forwards), parts, update))
         finite, last = all(step.finite for step in steps), steps[-1]
         if last.finite:

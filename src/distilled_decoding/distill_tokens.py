@@ -116,21 +116,21 @@ class Tokens:
         known_blocks = int(start_blocks_of(update, self.settings)[0])
         batches = self.settings.tokens.tracker_updates + 1
         first = update * batches
-        for batch in range(first, first + batches - 1):
-            yield _name(known_blocks), partial(self._tracker_losses, batch, known_blocks)
+        for number in range(first, first + batches - 1):
+            yield _name(known_blocks), partial(self._tracker_losses, number, known_blocks)
         yield STUDENT, partial(self._student_losses, first + batches - 1, known_blocks)
 
-    def _tracker_losses(self, batch: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice) -> Losses:
+    def _tracker_losses(self, number: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice) -> Losses:
         with torch.no_grad():
-            drawn = self.drawn(batch, known_blocks, forwards[STUDENT], part)
+            drawn = self.drawn(number, known_blocks, forwards[STUDENT], part)
         log_psi_BLV = self._track(forwards[_name(known_blocks)], drawn)
         return Losses(tracker_loss(log_psi_BLV, drawn.token_BL, self._weights(known_blocks, part)))
 
     def _student_losses(
-        self, batch: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice
+        self, number: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice
     ) -> TokenLosses:
         settings = self.settings.tokens
-        drawn = self.drawn(batch, known_blocks, forwards[STUDENT], part)
+        drawn = self.drawn(number, known_blocks, forwards[STUDENT], part)
         with torch.no_grad():
             logits_BLV = self.teacher.forced_logits(drawn.token_BL, drawn.condition, self.sampling.guidance)
             log_p_BLV = log_probabilities(logits_BLV, self.sampling)
@@ -154,18 +154,18 @@ class Tokens:
         ).total
         return replace(losses, total=total + settings.trajectory_weight * trajectories, trajectories=trajectories)
 
-    def drawn(self, batch: int, known_blocks: int, student: Forward, part: slice = slice(None)) -> Drawn:  # noqa: B008
+    def drawn(self, number: int, known_blocks: int, student: Forward, part: slice = slice(None)) -> Drawn:  # noqa: B008
         """Let a student finish sequences, each token drawn by its image's own key, as in sampling.
 
         Args:
-            batch: which, counted over the whole training.
+            number: of the batch, counted over the whole training.
             known_blocks: how many leading blocks are known.
             student: the model; gradients flow through its last pass.
             part: the rows of the batch.
         """
         order, codebook_VC = self.teacher.order, self.teacher.codebook
         temperature, device = self.settings.tokens.draw_temperature, codebook_VC.device
-        begun = self._batch(batch, part)
+        begun = self._batch(number, part)
         condition, key_B = self.table[begun.label_N].to(device), begun.key_N.to(device)
         noise_BLC = gaussian_noise(key_B, order.length, codebook_VC.shape[1])
         uniform_BL = uniform(key_B, order.length, STUDENT_STREAM)
@@ -187,15 +187,15 @@ class Tokens:
         drawn_BL = draw_tokens(output.logits_BLV.detach(), temperature, uniform_BL)
         return Drawn(output, log_pi_BLV, torch.cat([known_BK, drawn_BL[:, num_known:]], 1), condition, begun)
 
-    def _batch(self, batch: int, part: slice) -> Shard:
+    def _batch(self, number: int, part: slice) -> Shard:
         """A part of the rows of a batch: trajectories, or conditions with keys and no tokens."""
         settings = self.settings
         if self.trajectories is not None:
-            return self.trajectories[batch_indices(batch, settings, len(self.trajectories))[part]]
-        row_B = range(batch * settings.batch_size, (batch + 1) * settings.batch_size)[part]
+            return self.trajectories[batch_indices(number, settings, len(self.trajectories))[part]]
+        row_B = range(number * settings.batch_size, (number + 1) * settings.batch_size)[part]
         # Of few conditions a pass takes each several times: a batch shall not need an order for every few rows.
         copies = math.ceil(settings.batch_size / len(self.table))
-        number_B = batch_indices(batch, settings, copies * len(self.table))[part] % len(self.table)
+        number_B = batch_indices(number, settings, copies * len(self.table))[part] % len(self.table)
         token_BK = torch.empty(len(row_B), 0, dtype=torch.int64)
         return Shard(token_BK, number_B, image_keys("training", settings.seed, row_B))
 

@@ -132,7 +132,7 @@ def distill_student(
             report.write(update)
             return not stop.requested
 
-        student = distill(method, new, settings, checkpoints, on_update, run, upkeep.resume)
+        student = distill(method, new, checkpoints, on_update, run, upkeep.resume)
         if student is None:
             raise stop.stopped()
         trained = pipeline.with_student(student, settings.start_blocks, split_block)
