@@ -9,16 +9,15 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill
-from distilled_decoding.distill_tokens import Tokens, Tracker
+from distilled_decoding.distill_tokens import ALL, Tokens, Tracker
 from distilled_decoding.distill_trajectories import batch_loss
-from distilled_decoding.losses import LossWeights, TokenSettings, log_ratio, token_loss
+from distilled_decoding.losses import LossWeights, TokenLosses, TokenSettings, log_ratio, token_loss
 from distilled_decoding.sampling import Plan
 from distilled_decoding.student import StudentOutput
 from distilled_decoding.teacher import Guidance, TeacherSampling
 from distilled_decoding.training_state import Checkpoints
 from tests import tiny
 
-ALL = slice(None)
 SETTINGS = DistillSettings(
     method="tokens", num_updates=6, batch_size=4, warmup=2, start_blocks=(0, 2), bf16=False, ema_rate=0.9
 )
@@ -201,8 +200,9 @@ def test_a_student_trains_on_what_it_samples(family: str) -> None:
     method = method_of(pipe, settings)
     for known_blocks, schedule in ((0, (0,)), (2, (0, 2))):
         pipe = pipe.with_settings(start_blocks=(0, 2))
-        drawn = method.drawn(3, known_blocks, pipe.student)
-        codes_BLC = pipe.codes(Plan(schedule), drawn.condition, drawn.batch.key_N)
+        begun = method.batch(3)
+        drawn = method.drawn(begun, known_blocks, pipe.student)
+        codes_BLC = pipe.codes(Plan(schedule), drawn.condition, begun.key_N)
         assert torch.equal(codes_BLC, lookup(drawn.token_BL, pipe.teacher.codebook))
 
 
@@ -212,7 +212,7 @@ def test_a_tracker_is_a_copy_of_the_teacher_without_its_tokenizer(family: str) -
     method = method_of(pipe)
     assert list(method.networks) == ["tracker-0", "tracker-2"]
     tracker, _ = method.networks["tracker-2"]
-    drawn = method.drawn(0, 0, pipe.student)
+    drawn = method.drawn(method.batch(0), 0, pipe.student)
     log_psi_BLV = tracker(drawn.token_BL, drawn.condition)
     expected = pipe.teacher.forced_logits(drawn.token_BL, drawn.condition, Guidance()).log_softmax(-1)
     torch.testing.assert_close(log_psi_BLV, expected)
@@ -227,23 +227,19 @@ def test_with_trajectories_noise_and_known_blocks_are_theirs_and_their_loss_is_m
 ) -> None:
     pipe = tiny.pipeline()
     shard = tiny.shard(tmp_path, pipe, 8)
-    starts = (float(known_blocks == 0), float(known_blocks == 2))
-    settings = replace(SETTINGS, start_weights=starts, loss=LossWeights(1.0, 0.5))
+    settings = replace(SETTINGS, loss=LossWeights(1.0, 0.5))
     mixed = replace(settings, tokens=TokenSettings(trajectory_weight=0.25))
-    method = method_of(pipe, mixed, shard)
-    drawn = method.drawn(0, known_blocks, pipe.student)
-    keys = {int(key): token_L for key, token_L in zip(shard.key_N, shard.token_NL, strict=True)}
-    for key, token_L in zip(drawn.batch.key_N, drawn.token_BL, strict=True):
-        assert torch.equal(token_L[:known_blocks], keys[int(key)][:known_blocks])
+    batch = method_of(pipe, mixed, shard).batch(2)
+    drawn = method_of(pipe, mixed, shard).drawn(batch, known_blocks, pipe.student)
+    assert torch.equal(drawn.token_BL[:, :known_blocks], batch.token_NL[:, :known_blocks])
+    assert set(batch.key_N.tolist()) <= set(shard.key_N.tolist())
 
-    def losses(chosen: DistillSettings):
-        own = method_of(pipe, chosen, shard)
-        *_, (_, losses_of) = own.steps(0)
-        networks = {name: network for name, (network, _) in own.networks.items()}
-        return losses_of({STUDENT: pipe.student, **networks}, ALL), own.drawn(2, known_blocks, pipe.student).batch
+    def losses(chosen: DistillSettings) -> TokenLosses:
+        method = method_of(pipe, chosen, shard)
+        networks = {name: network for name, (network, _) in method.networks.items()}
+        return method.student_losses(batch, known_blocks, {STUDENT: pipe.student, **networks})
 
-    alone, batch = losses(settings)
-    both, _ = losses(mixed)
+    alone, both = losses(settings), losses(mixed)
     known_blocks_B = torch.full((4,), known_blocks)
     condition = tiny.CLASSES[batch.label_N]
     expected = batch_loss(pipe.teacher, pipe.student, batch, condition, known_blocks_B, settings, 16).total

@@ -34,6 +34,8 @@ from distilled_decoding.store import Shard, TrajectoryStore
 from distilled_decoding.student import STUDENT_STREAM, StudentOutput, draw_tokens
 from distilled_decoding.teacher import Guidance, Teacher, TeacherSampling, log_probabilities
 
+ALL = slice(None)
+
 
 class Tracker(nn.Module):
     """A teacher's network as a function: log probabilities of all tokens of a sequence, without guidance.
@@ -60,14 +62,12 @@ class Drawn:
         log_pi_BLV: the distributions that its tokens are drawn from, float32.
         token_BL: known tokens, and behind them those that were drawn.
         condition: what was asked for.
-        batch: where it began; without trajectories it has no tokens.
     """
 
     output: StudentOutput
     log_pi_BLV: Tensor
     token_BL: Tensor
     condition: Condition
-    batch: Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,22 +115,43 @@ class Tokens:
         """See `distill.Method`: the tracker's steps and then the student's, each on a batch of its own."""
         known_blocks = int(start_blocks_of(update, self.settings)[0])
         batches = self.settings.tokens.tracker_updates + 1
-        first = update * batches
-        for number in range(first, first + batches - 1):
-            yield _name(known_blocks), partial(self._tracker_losses, number, known_blocks)
-        yield STUDENT, partial(self._student_losses, first + batches - 1, known_blocks)
+        *tracked, last = range(update * batches, (update + 1) * batches)
+        for number in tracked:
+            yield _name(known_blocks), partial(self._losses_of, self.tracker_losses, number, known_blocks)
+        yield STUDENT, partial(self._losses_of, self.student_losses, last, known_blocks)
 
-    def _tracker_losses(self, number: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice) -> Losses:
+    def _losses_of(
+        self,
+        losses: Callable[..., Losses],
+        number: int,
+        known_blocks: int,
+        forwards: Mapping[str, Forward],
+        part: slice,
+    ) -> Losses:
+        return losses(self.batch(number, part), known_blocks, forwards, part)
+
+    def tracker_losses(
+        self, begun: Shard, known_blocks: int, forwards: Mapping[str, Forward], part: slice = ALL
+    ) -> Losses:
+        """What the tracker of a start learns from: the student's tokens (Eq. 12).
+
+        Args:
+            begun: rows of a batch, see `batch`.
+            known_blocks: how many leading blocks are known.
+            forwards: student and trackers by name.
+            part: which rows of the update these are.
+        """
         with torch.no_grad():
-            drawn = self.drawn(number, known_blocks, forwards[STUDENT], part)
+            drawn = self.drawn(begun, known_blocks, forwards[STUDENT])
         log_psi_BLV = self._track(forwards[_name(known_blocks)], drawn)
         return Losses(tracker_loss(log_psi_BLV, drawn.token_BL, self._weights(known_blocks, part)))
 
-    def _student_losses(
-        self, number: int, known_blocks: int, forwards: Mapping[str, Forward], part: slice
+    def student_losses(
+        self, begun: Shard, known_blocks: int, forwards: Mapping[str, Forward], part: slice = ALL
     ) -> TokenLosses:
+        """What the student learns from: the teacher's conditionals on its tokens (Eq. 11); see `tracker_losses`."""
         settings = self.settings.tokens
-        drawn = self.drawn(number, known_blocks, forwards[STUDENT], part)
+        drawn = self.drawn(begun, known_blocks, forwards[STUDENT])
         with torch.no_grad():
             logits_BLV = self.teacher.forced_logits(drawn.token_BL, drawn.condition, self.sampling.guidance)
             log_p_BLV = log_probabilities(logits_BLV, self.sampling)
@@ -145,7 +166,7 @@ class Tokens:
         trajectories = output_loss(
             self.teacher,
             drawn.output,
-            drawn.batch,
+            begun,
             known_blocks_B,
             self.settings,
             num_blocks,
@@ -154,18 +175,33 @@ class Tokens:
         ).total
         return replace(losses, total=total + settings.trajectory_weight * trajectories, trajectories=trajectories)
 
-    def drawn(self, number: int, known_blocks: int, student: Forward, part: slice = slice(None)) -> Drawn:  # noqa: B008
-        """Let a student finish sequences, each token drawn by its image's own key, as in sampling.
+    def batch(self, number: int, part: slice = ALL) -> Shard:
+        """Where sequences begin: trajectories, or numbers of conditions with keys of noise and no tokens.
 
         Args:
             number: of the batch, counted over the whole training.
+            part: the rows of it.
+        """
+        settings = self.settings
+        if self.trajectories is not None:
+            return self.trajectories[batch_indices(number, settings, len(self.trajectories))[part]]
+        row_B = range(number * settings.batch_size, (number + 1) * settings.batch_size)[part]
+        # Of few conditions a pass takes each several times: a batch shall not need an order for every few rows.
+        copies = math.ceil(settings.batch_size / len(self.table))
+        number_B = batch_indices(number, settings, copies * len(self.table))[part] % len(self.table)
+        token_BK = torch.empty(len(row_B), 0, dtype=torch.int64)
+        return Shard(token_BK, number_B, image_keys("training", settings.seed, row_B))
+
+    def drawn(self, begun: Shard, known_blocks: int, student: Forward) -> Drawn:
+        """Let a student finish sequences, each token drawn by its image's own key, as in sampling.
+
+        Args:
+            begun: some rows of a batch.
             known_blocks: how many leading blocks are known.
             student: the model; gradients flow through its last pass.
-            part: the rows of the batch.
         """
         order, codebook_VC = self.teacher.order, self.teacher.codebook
         temperature, device = self.settings.tokens.draw_temperature, codebook_VC.device
-        begun = self._batch(number, part)
         condition, key_B = self.table[begun.label_N].to(device), begun.key_N.to(device)
         noise_BLC = gaussian_noise(key_B, order.length, codebook_VC.shape[1])
         uniform_BL = uniform(key_B, order.length, STUDENT_STREAM)
@@ -185,19 +221,7 @@ class Tokens:
         output = predict(x_BLC, known_blocks)
         log_pi_BLV = (output.logits_BLV / temperature).log_softmax(-1)
         drawn_BL = draw_tokens(output.logits_BLV.detach(), temperature, uniform_BL)
-        return Drawn(output, log_pi_BLV, torch.cat([known_BK, drawn_BL[:, num_known:]], 1), condition, begun)
-
-    def _batch(self, number: int, part: slice) -> Shard:
-        """A part of the rows of a batch: trajectories, or conditions with keys and no tokens."""
-        settings = self.settings
-        if self.trajectories is not None:
-            return self.trajectories[batch_indices(number, settings, len(self.trajectories))[part]]
-        row_B = range(number * settings.batch_size, (number + 1) * settings.batch_size)[part]
-        # Of few conditions a pass takes each several times: a batch shall not need an order for every few rows.
-        copies = math.ceil(settings.batch_size / len(self.table))
-        number_B = batch_indices(number, settings, copies * len(self.table))[part] % len(self.table)
-        token_BK = torch.empty(len(row_B), 0, dtype=torch.int64)
-        return Shard(token_BK, number_B, image_keys("training", settings.seed, row_B))
+        return Drawn(output, log_pi_BLV, torch.cat([known_BK, drawn_BL[:, num_known:]], 1), condition)
 
     def _track(self, tracker: Forward, drawn: Drawn) -> Tensor:
         with torch.autocast(drawn.token_BL.device.type, torch.bfloat16, enabled=self.settings.bf16):
