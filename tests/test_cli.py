@@ -93,6 +93,8 @@ def test_a_student_learns_from_tokens_without_trajectories(run, model: Path, mad
     assert code == 0 and json.loads(text)["student_temperature"] == 0.8
     log = json.loads((tmp_path / "a" / "log.jsonl").read_text())
     assert {"total", "divergence", "entropy", "tracker", "trajectories"} < set(log)
+    plans = [json.loads(run(*words, "--method", name, "--plan", "--json")[1]) for name in ("tokens", "trajectories")]
+    assert plans[0]["trajectories"] == 0 and plans[0]["fixed_gib"] > plans[1]["fixed_gib"]
     pictures = [tmp_path / name for name in ("drawn.png", "likeliest.png")]
     assert run("sample", tmp_path / "a", "--grid", pictures[0])[0] == 0
     assert run("sample", tmp_path / "a", "--grid", pictures[1], "--student-temperature", 0)[0] == 0
@@ -242,7 +244,6 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--out", "d"], "--trajectories"),
         (["distill", "MODEL", "--method", "tokens", "--out", "d", "--split-block", 8], "all 16 blocks, and leaves"),
         (["distill", "MODEL", "--method", "tokens", "--out", "d", "--trajectory-weight", 1], "needs trajectories"),
-        (["distill", "MODEL", "--method", "tokens", "--plan"], "no other method than trajectories yet, not tokens"),
         (["sample", "MODEL", "--grid", "g.png", "--student-temperature", -1], "must be 0 or more, got -1"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),
         (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 4"),

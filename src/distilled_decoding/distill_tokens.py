@@ -35,6 +35,7 @@ from distilled_decoding.student import STUDENT_STREAM, StudentOutput, draw_token
 from distilled_decoding.teacher import Guidance, Teacher, TeacherSampling, log_probabilities
 
 ALL = slice(None)
+"""All rows of an update."""
 
 
 class Tracker(nn.Module):

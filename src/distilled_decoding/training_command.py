@@ -252,7 +252,7 @@ def plan_distillation(
 
     Args:
         pipeline: the model, with or without weights.
-        num: trajectories; None means as many as the model's settings say.
+        num: trajectories; None means as many as the model's settings say, and none where the method needs none.
         settings: as `distill_student` takes them, like the next two.
         split_block: of the new pipeline.
         perceptual: name of the distance of decoded images.
@@ -262,13 +262,14 @@ def plan_distillation(
     Raises:
         ValueError: settings that do not fit the model.
     """
-    if settings.method != "trajectories":
-        raise ValueError(f"--plan knows no other method than trajectories yet, not {settings.method}")
-    num = trajectory_count(pipeline, num)
+    tokens = settings.method == "tokens"
+    num = 0 if tokens and num is None else trajectory_count(pipeline, num)
     settings, _ = _resolved(pipeline, settings, split_block, perceptual)
     student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
     speed = flops_per_second(torch.device(device), settings.bf16)
-    cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run)
+    tracker = pipeline.new_tracker() if tokens else None
+    sampling = pipeline.config.sampling
+    cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run, tracker, sampling)
     what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}
     return {**what, "device": device, **cost.readable()}
 
