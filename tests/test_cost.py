@@ -124,11 +124,15 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, ru
     assert cost.disk_bytes == data_bytes(tmp_path / "model")
 
 
+@pytest.mark.slow
 @FAMILIES
 @pytest.mark.parametrize("run", [RunSettings(), RunSettings(micro_batch=4, recompute=True)], ids=["whole", "parts"])
 def test_cost_of_token_matching_is_what_it_takes(tmp_path: Path, family: str, run: RunSettings) -> None:
     pipe = tiny.pipeline(family=family)
-    students, settings = [pipe.new_student(0) for _ in range(3)], replace(SETTINGS, method="tokens")
+    students, settings = (
+        [pipe.new_student(0) for _ in range(3)],
+        replace(SETTINGS, method="tokens", num_updates=2, batch_size=8),
+    )
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
 
     def work() -> None:
