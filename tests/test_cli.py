@@ -89,7 +89,7 @@ def test_sample_writes_numbered_pngs_a_grid_and_the_evaluators_file(run, model: 
 def test_a_student_learns_from_tokens_without_trajectories(run, model: Path, made: Path, tmp_path: Path) -> None:
     """From the teacher, or from the student there is; what comes of it draws its tokens."""
     words = ["distill", model, "--method", "tokens", "--num-updates", 20, "--batch-size", 2, "--start-blocks", 0]
-    code, text, _ = run(*words, "--draw-temperature", 0.8, "--out", tmp_path / "a", "--json")
+    code, text, _ = run(*words, "--draw-temperature", 0.8, "--tracker-updates", 1, "--out", tmp_path / "a", "--json")
     assert code == 0 and json.loads(text)["student_temperature"] == 0.8
     log = json.loads((tmp_path / "a" / "log.jsonl").read_text())
     assert {"total", "divergence", "entropy", "tracker", "trajectories"} < set(log)
