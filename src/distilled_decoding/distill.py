@@ -307,13 +307,14 @@ def distill(
         FloatingPointError: too many updates in a row were not finite.
     """
     settings, parts = method.settings, own_parts(method.settings.batch_size, run.micro_batch)
-    average = copy.deepcopy(student).requires_grad_(False).eval()
-    result = copy.deepcopy(average) if run.sharded else average
+    average = copy.deepcopy(student).eval()
+    result = copy.deepcopy(average).requires_grad_(False) if run.sharded else average
     learners = {STUDENT: _Learner(student.train(), settings, run)}
     for name, (network, learning_rate) in method.networks.items():
         learners[name] = _Learner(network, replace(settings, learning_rate=learning_rate), run)
     if run.sharded:
         shard(average)
+    average.requires_grad_(False)
     tensors = _state(student, average, learners, method)
     counts = checkpoints.load_newest(tensors) if resume is None else checkpoints.load(resume, tensors)
     forwards = {name: learner.forward for name, learner in learners.items()}

@@ -79,7 +79,7 @@ def recompute_layers(module: nn.Module) -> None:
 
 
 def shard(module: nn.Module) -> None:
-    """Leave every process a share of a module's parameters, in place.
+    """Leave every process a share of a module's parameters, in place, and the whole of those that are not trained.
 
     What is gathered together is each of the larger parts of a layer, and the rest: a layer's parts may be called
     apart from it.
@@ -92,9 +92,9 @@ def shard(module: nn.Module) -> None:
     mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
     for layer in _layers(module):
         for part in layer.children():
-            if any(parameter.ndim > 1 for parameter in part.parameters()):
+            if any(parameter.ndim > 1 and parameter.requires_grad for parameter in part.parameters()):
                 fully_shard(part, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params={p for p in module.parameters() if not p.requires_grad})
 
 
 def whole(module: nn.Module, like: nn.Module) -> nn.Module:
