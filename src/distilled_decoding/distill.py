@@ -43,8 +43,6 @@ class DistillSettings:
     """How a student is trained.
 
     Attributes:
-        method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of the `tokens` that it
-            draws itself.
         num_updates: updates.
         batch_size: images in an update.
         learning_rate: peak of the schedule: linear warm-up, then a cosine to a hundredth.
@@ -55,6 +53,8 @@ class DistillSettings:
         start_blocks: where the student learns to start, 0 first; () means those of the model.
         start_weights: how often each of them is drawn; () draws all alike.
         block_weights: weight of each block in the loss; () weighs all tokens alike.
+        method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of the `tokens` that it
+            draws itself.
         loss: weights of the parts of the loss on trajectories.
         tokens: of the method `tokens`.
         bf16: run the student under bfloat16 autocast.
@@ -65,7 +65,6 @@ class DistillSettings:
         ValueError: a setting outside its range.
     """
 
-    method: MethodName = "trajectories"
     num_updates: int = 3000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -76,6 +75,7 @@ class DistillSettings:
     start_blocks: tuple[int, ...] = ()
     start_weights: tuple[float, ...] = ()
     block_weights: tuple[float, ...] = ()
+    method: MethodName = "trajectories"
     loss: LossWeights = field(default_factory=LossWeights)
     tokens: TokenSettings = field(default_factory=TokenSettings)
     bf16: bool = True
