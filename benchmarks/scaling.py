@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from distilled_decoding.condition import Labels, stand_ins
-from distilled_decoding.distill import batch_loss
+from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.records import environment

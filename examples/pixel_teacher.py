@@ -21,6 +21,7 @@ from distilled_decoding.check import check_student, check_teacher
 from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.condition import Classes, Condition, Labels
 from distilled_decoding.distill import DistillSettings, distill
+from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.families import Family, register
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.images import grid
@@ -241,7 +242,8 @@ def main(out: Path, teacher_updates: int = 500, trajectories: int = 8192, update
 
     training = DistillSettings(updates, learning_rate=8e-3, ema_rate=0.99, start_blocks=starts, bf16=False)
     checkpoints = Checkpoints(out / "checkpoints")
-    distilled = distill(teacher, student, store, table, training, SIDE, checkpoints, on_update=lambda update: True)
+    method = Trajectories(teacher, store, table, training, SIDE)
+    distilled = distill(method, student, checkpoints, on_update=lambda update: True)
     pipe.with_student(distilled, starts, SIDE).save_pretrained(out / "model")
     return compare(Pipeline.from_pretrained(out / "model"), out / "grid.png")
 

@@ -86,6 +86,29 @@ def test_sample_writes_numbered_pngs_a_grid_and_the_evaluators_file(run, model: 
     assert record["notes"]["model"] == str(model) and "torch" in record["versions"]
 
 
+def test_a_student_learns_from_tokens_without_trajectories(run, model: Path, made: Path, tmp_path: Path) -> None:
+    """From the teacher, or from the student there is; what comes of it draws its tokens."""
+    words = ["distill", model, "--method", "tokens", "--num-updates", 20, "--batch-size", 2, "--start-blocks", 0]
+    code, text, _ = run(*words, "--draw-temperature", 0.8, "--tracker-updates", 1, "--out", tmp_path / "a", "--json")
+    assert code == 0 and json.loads(text)["student_temperature"] == 0.8
+    log = json.loads((tmp_path / "a" / "log.jsonl").read_text())
+    assert {"total", "divergence", "entropy", "tracker", "trajectories"} < set(log)
+    plans = [json.loads(run(*words, "--method", name, "--plan", "--json")[1]) for name in ("tokens", "trajectories")]
+    assert plans[0]["trajectories"] == 0 and plans[0]["fixed_gib"] > plans[1]["fixed_gib"]
+    pictures = [tmp_path / name for name in ("drawn.png", "likeliest.png")]
+    assert run("sample", tmp_path / "a", "--grid", pictures[0])[0] == 0
+    assert run("sample", tmp_path / "a", "--grid", pictures[1], "--student-temperature", 0)[0] == 0
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+    words = ["distill", tmp_path / "a", "--start", "student", "--num-updates", 1, "--trajectories", made]
+    code, text, _ = run(*words, "--learning-rate", 1e-9, "--trajectory-weight", 0.5, "--out", tmp_path / "b", "--json")
+    assert code == 0 and json.loads(text)["training"]["method"] == "tokens"
+    students = [Pipeline.from_pretrained(tmp_path / name).student.state_dict() for name in ("a", "b")]
+    for name, value in students[0].items():
+        torch.testing.assert_close(value, students[1][name], rtol=0, atol=1e-6)
+    code, text, _ = run(*words, "--method", "trajectories", "--out", tmp_path / "c", "--json")
+    assert code == 0 and json.loads(text)["student_temperature"] == 0
+
+
 def test_sample_goes_on_where_it_stopped(run, model: Path, tmp_path: Path) -> None:
     words = ["sample", model, "--num", 20, "--out", tmp_path / "s", "--json"]
     run(*words)
@@ -218,6 +241,10 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--split-block", 99], "split_block"),
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual", "lpips"], "give both or neither"),
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual-weight", 1], "give both or neither"),
+        (["distill", "MODEL", "--out", "d"], "--trajectories"),
+        (["distill", "MODEL", "--method", "tokens", "--out", "d", "--split-block", 8], "all 16 blocks, and leaves"),
+        (["distill", "MODEL", "--method", "tokens", "--out", "d", "--trajectory-weight", 1], "needs trajectories"),
+        (["sample", "MODEL", "--grid", "g.png", "--student-temperature", -1], "must be 0 or more, got -1"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),
         (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 4"),
         (["evaluate", "MODEL", "--out", "e"], "classes"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distilled_decoding import distill as distill_module
+from distilled_decoding import distill_trajectories
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.checkpoint import load_tensors
 from distilled_decoding.codebook import lookup
@@ -14,11 +14,11 @@ from distilled_decoding.distill import (
     DistillSettings,
     Update,
     batch_indices,
-    batch_loss,
     distill,
     learning_rate_at,
     start_blocks_of,
 )
+from distilled_decoding.distill_trajectories import Trajectories, batch_loss
 from distilled_decoding.losses import LossWeights, corrupt, distillation_loss, perceptual_loss
 from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings, own_parts
@@ -42,7 +42,8 @@ def run(tmp_path: Path, settings: DistillSettings = SETTINGS, stop_after: int | 
         return update.number != stop_after
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    student = distill(pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, settings, 16, checkpoints, on_update)
+    method = Trajectories(pipe.teacher, shard, tiny.CLASSES, settings, 16)
+    student = distill(method, pipe.new_student(0), checkpoints, on_update)
     return student, losses
 
 
@@ -67,7 +68,8 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path: Path) -> None:
         num_updates=250, batch_size=8, learning_rate=5e-3, warmup=10, start_blocks=(0, 8), ema_rate=0.8, bf16=False
     )
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    student = distill(pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, settings, 16, checkpoints, lambda u: True)
+    method = Trajectories(pipe.teacher, shard, tiny.CLASSES, settings, 16)
+    student = distill(method, pipe.new_student(0), checkpoints, lambda u: True)
     trained = pipe.with_student(student, settings.start_blocks, split_block=16)
     condition = Labels(shard.label_N, 3)
     expected = lookup(shard.token_NL, pipe.teacher.codebook)
@@ -167,16 +169,7 @@ def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) 
             p.grad is None or p.grad.abs().max() == 0 for n, p in student.named_parameters() if n.startswith(idle)
         )
     with pytest.raises(ValueError, match="needs an image distance"):
-        distill(
-            pipe.teacher,
-            student,
-            shard,
-            tiny.CLASSES,
-            settings,
-            16,
-            Checkpoints(tmp_path / "checkpoints"),
-            lambda u: True,
-        )
+        Trajectories(pipe.teacher, shard, tiny.CLASSES, settings, 16)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +231,7 @@ def diverging(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
         losses = batch_loss(*arguments)
         return replace(losses, total=losses.total * torch.nan) if len(calls) in updates else losses
 
-    monkeypatch.setattr(distill_module, "batch_loss", poisoned)
+    monkeypatch.setattr(distill_trajectories, "batch_loss", poisoned)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +246,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, mon
 
     shard = tiny.shard(tmp_path / "trajectories", pipe)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    student = distill(pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, SETTINGS, 16, checkpoints, on_update)
+    method = Trajectories(pipe.teacher, shard, tiny.CLASSES, SETTINGS, 16)
+    student = distill(method, pipe.new_student(0), checkpoints, on_update)
     assert [number for number, (finite, _) in enumerate(seen, 1) if not finite] == [2, 5, 6]
     assert [skipped for _, skipped in seen] == [0, 1, 1, 1, 2] + 7 * [3]
     for before, after, finite in zip(weights[:-1], weights[1:], [finite for finite, _ in seen[1:]], strict=True):
@@ -264,9 +258,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, mon
 def distill_tiny(folder: Path, run: RunSettings) -> None:
     pipe = tiny.pipeline()
     shard, checkpoints = tiny.shard(folder / "trajectories", pipe), Checkpoints(folder / "c")
-    distill(
-        pipe.teacher, pipe.new_student(0), shard, tiny.CLASSES, SETTINGS, 16, checkpoints, lambda update: True, run=run
-    )
+    method = Trajectories(pipe.teacher, shard, tiny.CLASSES, SETTINGS, 16)
+    distill(method, pipe.new_student(0), checkpoints, lambda update: True, run)
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

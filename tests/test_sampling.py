@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from distilled_decoding.codebook import lookup
-from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.sampling import Passes, Plan, check_plan, jump, sample, spread_schedule
+from distilled_decoding.student import STUDENT_STREAM, StudentOutput, final_sequence
 from distilled_decoding.teacher import by_flow, rollout
 from tests import tiny
 
@@ -84,6 +85,29 @@ def test_ancestral_draws_depend_on_the_key_alone() -> None:
 def test_one_signature_serves_student_and_teacher() -> None:
     code_BLC = sample(Plan((0,)), PIPE.teacher, PIPE.student, CONDITION, KEY_B, tiny.SAMPLING, tiny.FLOW, split_block=0)
     assert code_BLC.shape == (6, 16, 4)
+
+
+def test_a_students_draws_depend_on_the_key_alone() -> None:
+    """In one step, in several, and where the teacher has a part."""
+    pipe = PIPE.with_settings(student_temperature=1.0)
+    for plan in (Plan((0,)), Plan((0, 4, 12)), Plan((0, 8), teacher_span=(4, 8))):
+        together = pipe.codes(plan, CONDITION, KEY_B)
+        assert not torch.equal(together, codes(plan))
+        assert torch.equal(together[4:5], pipe.codes(plan, CONDITION[4:5], KEY_B[4:5]))
+
+
+def test_a_cold_student_takes_the_most_likely_tokens() -> None:
+    plan = Plan((0, 8))
+    assert torch.equal(PIPE.with_settings(student_temperature=1e-4).codes(plan, CONDITION, KEY_B), codes(plan))
+
+
+def test_a_student_draws_with_the_probabilities_of_its_logits() -> None:
+    logits_V = torch.tensor([0.0, 1.0, 2.0])
+    output = StudentOutput(logits_V.expand(1, 30_000, 3), torch.zeros(1, 30_000, 1))
+    uniform_BL = uniform(KEY_B[:1], 30_000, STUDENT_STREAM)
+    code_BLC = final_sequence(output, torch.tensor([[0.0], [1.0], [2.0]]), 30_000, 2.0, uniform_BL)
+    found_V = code_BLC.long().flatten().bincount() / 30_000
+    torch.testing.assert_close(found_V, (logits_V / 2).softmax(-1), atol=0.01, rtol=0)
 
 
 def test_spread_schedule() -> None:

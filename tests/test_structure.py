@@ -9,7 +9,18 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "distilled_decoding"
 METHOD = ["blocks", "condition", "noise", "codebook", "flow", "teacher", "trajectories", "store"]
-METHOD += ["student", "losses", "distill", "sampling", "cost", "processes", "parallel", "training_state"]
+METHOD += [
+    "student",
+    "losses",
+    "distill",
+    "distill_trajectories",
+    "distill_tokens",
+    "sampling",
+    "cost",
+    "processes",
+    "parallel",
+    "training_state",
+]
 FOR_FAMILIES = {"blocks", "condition", "codebook", "teacher", "student", "checkpoint", "families"}
 
 

@@ -93,6 +93,16 @@ def test_a_loss_that_is_no_number_in_one_process_skips_the_update_in_all(worlds:
 
 
 @pytest.mark.slow
+def test_processes_learn_from_tokens_what_one_learns(tmp_path: Path) -> None:
+    """Rounding may turn a draw, and then a sequence; in so few updates it does not."""
+    folder = runs("compare_worlds_of_tokens", tmp_path)
+    assert {code for codes in json.loads((folder / "codes.json").read_text()).values() for code in codes} == {0}
+    for alone, *others in (("one", "two-parts"), ("mixed", "mixed-two"), ("var", "var-two")):
+        assert_same_training(folder, *others, alone=alone, within=1e-4)
+    assert_same_training(folder, "sharded-begun", "unsharded", within=1e-4)
+
+
+@pytest.mark.slow
 def test_more_ways_to_lay_out_the_same_training(tmp_path: Path) -> None:
     folder = runs("compare_more_worlds", tmp_path)
     for name in ("parts", "three", "three-parts", "sharded"):

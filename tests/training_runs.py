@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 
-from distilled_decoding import checkpoint, training_state
+from distilled_decoding import checkpoint, distill_trajectories, training_state
 from distilled_decoding import distill as distill_module
 from distilled_decoding import pipeline as pipeline_module
 from distilled_decoding.distill import DistillSettings, Update, distill
+from distilled_decoding.distill_tokens import Tokens
+from distilled_decoding.distill_trajectories import Trajectories
+from distilled_decoding.losses import TokenSettings
 from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline
@@ -106,7 +109,11 @@ def train(
     with group():
         checkpoints = Checkpoints(out / (keep or name) / "checkpoints", save_every=2)
         new, table, way = pipe.new_student(0), tiny.CLASSES, RunSettings(**run)
-        student = distill(pipe.teacher, new, store, table, settings, 2, checkpoints, on_update, None, way)
+        method: Any = Trajectories(pipe.teacher, store, table, settings, 2)
+        if settings.method == "tokens":
+            mixed = store if settings.tokens.trajectory_weight else None
+            method = Tokens(pipe.teacher, pipe.new_tracker, table, tiny.SAMPLING, settings, mixed)
+        student = distill(method, new, checkpoints, on_update, way)
     result = {"losses": losses, "seen": store.seen, "finished": student is not None}
     checkpoint.save_json(out / name / f"{rank()}.json", result)
     if student is not None and is_first():
@@ -115,7 +122,7 @@ def train(
 
 def poisoned_on_one_process(out: Path) -> None:
     """In the third update, the losses of the last process alone are not numbers."""
-    original, calls = distill_module.batch_loss, []
+    original, calls = distill_trajectories.batch_loss, []
 
     def batch_loss(*arguments: Any) -> Any:
         calls.append(1)
@@ -124,7 +131,7 @@ def poisoned_on_one_process(out: Path) -> None:
             return replace(losses, total=losses.total * torch.nan)
         return losses
 
-    distill_module.batch_loss = batch_loss
+    distill_trajectories.batch_loss = batch_loss
     train(out, "poisoned")
 
 
@@ -163,6 +170,26 @@ def compare_worlds(out: Path, more: bool = False) -> None:
 def compare_more_worlds(out: Path) -> None:
     """The same in more ways."""
     compare_worlds(out, more=True)
+
+
+def compare_worlds_of_tokens(out: Path) -> None:
+    """Token matching on one and two processes, in parts, mixed with trajectories, sharded."""
+    own = replace(SETTINGS, method="tokens")
+    mixed = replace(own, tokens=TokenSettings(trajectory_weight=0.5))
+    for family in ("llamagen", "var"):
+        tiny.store(out / f"{family}-trajectories", tiny.pipeline(family=family))
+    ways: dict[str, tuple[int, dict[str, Any]]] = {
+        "one": (1, {"settings": own}),
+        "two-parts": (2, {"settings": own, "micro_batch": 2, "recompute": True}),
+        "mixed": (1, {"settings": mixed}),
+        "mixed-two": (2, {"settings": mixed}),
+        "var": (1, {"settings": own, "family": "var"}),
+        "var-two": (2, {"settings": own, "family": "var"}),
+        "sharded-begun": (2, {"settings": own, "sharded": True, "stop_after": 3, "keep": "unsharded"}),
+        "unsharded": (1, {"settings": own}),
+    }
+    codes = {name: fork(partial(train, out, name, **how), world) for name, (world, how) in ways.items()}
+    checkpoint.save_json(out / "codes.json", codes)
 
 
 def student_run(out: Path, **changes: Any) -> None:

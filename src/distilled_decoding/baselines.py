@@ -1,7 +1,7 @@
 """The baselines that any few-step method has to beat: tokens drawn at once, each for itself.
 
 A predictor whose blocks are independent given what it has seen can do no better than the true distribution of every
-block given that; these baselines are such predictors (section 5 of docs/method.md). What they lack is exactly what
+block given that; these baselines are such predictors (section 6 of docs/method.md). What they lack is exactly what
 distillation keeps.
 
 Axis letters: B batch, L tokens in a sequence, K classes or prompts, N samples of the teacher.

@@ -106,8 +106,9 @@ def _settings(config: "PipelineConfig") -> str:
 
 
 def _student(config: "PipelineConfig") -> str:
-    starts = ", ".join(map(str, config.start_blocks))
+    starts, temperature = ", ".join(map(str, config.start_blocks)), config.student_temperature
+    drawn = f"\n| tokens | drawn from the logits at temperature {temperature:g} |" if temperature > 0 else ""
     return f"""| | |
 |---|---|
 | starting blocks, so up to {len(config.start_blocks)} steps | {starts} |
-| split | blocks before {config.split_block} come from the logits head, the others from the code head |"""
+| split | blocks before {config.split_block} come from the logits head, the others from the code head |{drawn}"""

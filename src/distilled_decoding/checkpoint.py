@@ -163,13 +163,16 @@ def load_config(kind: type[Config], path: Path) -> Config:
 def from_json(kind: type[Config], values: Any, source: object) -> Config:
     """A dataclass from its JSON values, strictly; `source` is for the error.
 
+    A field with a default may be missing: it is younger than the file.
+
     Raises:
-        ValueError: a field is missing, unknown or outside its range; says which.
+        ValueError: another field is missing, or one is unknown or outside its range; says which.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds no fields, but a {type(values).__name__}.")
-    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    wrong = {"lacks": fields - set(values), "has the unknown": set(values) - fields}
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    needed = {name for name, f in fields.items() if f.default is dataclasses.MISSING is f.default_factory}
+    wrong = {"lacks": needed - set(values), "has the unknown": set(values) - set(fields)}
     found = " and ".join(f"{verb} {', '.join(sorted(names))}" for verb, names in wrong.items() if names)
     if found:
         raise ValueError(f"{source} {found}: it is no {kind.__name__}.")

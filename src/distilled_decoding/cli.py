@@ -58,6 +58,7 @@ def sample(
     teacher_span: tuple[int, int] | None = None,
     prefix: Prefix = "causal",
     split_block: int | None = None,
+    student_temperature: float | None = None,
     seed: int = 0,
     out: Path | None = None,
     grid: Path | None = None,
@@ -81,6 +82,7 @@ def sample(
         prefix: how the teacher reads the blocks before its span; `unmasked` is how VAR's published results with it
             were made.
         split_block: blocks before it come from the logits, the others from the code head; by default the model's.
+        student_temperature: of the draw of tokens from the logits; 0 takes the most likely; by default the model's.
         seed: of the run.
         out: folder for one PNG an image.
         grid: .png file for one picture of all images, ten in a row.
@@ -92,7 +94,8 @@ def sample(
         json: print one JSON object.
     """
     run = commands.SampleRun(model, labels, prompt, num, _steps(steps), schedule, teacher_span, prefix, seed)
-    pipeline = _load(model, device, dtype, compile).with_settings(**_given({"split_block": split_block}))
+    given = _given({"split_block": split_block, "student_temperature": student_temperature})
+    pipeline = _load(model, device, dtype, compile).with_settings(**given)
     _print(commands.sample_images(run, pipeline, out, grid, npz), json)
 
 
@@ -145,6 +148,7 @@ def distill(
     trajectories: Path | None = None,
     out: Path | None = None,
     prompts: Path | None = None,
+    start: training_command.Start = "teacher",
     split_block: int | None = None,
     perceptual: Perceptual = "none",
     upkeep: Annotated[training_command.Upkeep, OmitArgPrefixes] = training_command.Upkeep(),  # noqa: B008 - frozen
@@ -153,15 +157,16 @@ def distill(
     plan: bool = False,
     json: bool = False,
 ) -> None:
-    """Train a student on a model's trajectories; `out` is a whole pipeline folder when done.
+    """Train a student of a model; `out` is a whole pipeline folder when done.
 
     Args:
         model: shipped name, folder or hub id: the teacher.
         settings: of the training.
-        trajectories: folder that `trajectories` made with this model.
+        trajectories: folder that `trajectories` made with this model; not needed with --method tokens.
         out: folder of the new pipeline; checkpoints and the log lie beneath.
         prompts: of a model that reads text, the folder of the encoded prompts; by default prompts/ in that of the
-            trajectories.
+            trajectories, or without them the model's own prompts.
+        start: what the student begins as: the teacher, or the student that MODEL has.
         split_block: blocks before it are sampled from the logits, the others from the code head.
         perceptual: features of the perceptual distance, needed with --perceptual-weight.
         upkeep: what is written while it trains.
@@ -176,12 +181,23 @@ def distill(
         training = override(pipeline.config.training, settings)
         _print(training_command.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
         return
-    store = TrajectoryStore.open(_needed(trajectories, "--trajectories"))
     out = _needed(out, "--out")
     pipeline = _load(model, device)
     training = override(pipeline.config.training, settings)
+    if training.method == "trajectories":
+        trajectories = _needed(trajectories, "--trajectories")
     trained = training_command.distill_student(
-        model, pipeline, store, out, training, split_block, perceptual, upkeep=upkeep, run=run, prompts=prompts
+        model,
+        pipeline,
+        None if trajectories is None else TrajectoryStore.open(trajectories),
+        out,
+        training,
+        split_block,
+        perceptual,
+        upkeep=upkeep,
+        run=run,
+        prompts=prompts,
+        start=start,
     )
     if processes.is_first():
         _print({"pipeline": str(out), **describe.info(trained)}, json)
@@ -288,6 +304,7 @@ def evaluate(
     num: int = EvaluationSettings.num,
     seeds: tuple[int, ...] = EvaluationSettings.seeds,
     keep: int = EvaluationSettings.keep,
+    student_temperature: float | None = None,
     prompts: Path | None = None,
     column: str | None = None,
     features: FeatureName | None = None,
@@ -308,6 +325,7 @@ def evaluate(
         num: images of each method and seed, classes or prompts in turn.
         seeds: run seeds; mean and spread are over them.
         keep: images of each run that are kept for pictures.
+        student_temperature: see `sample`.
         prompts: what a model of captions is asked for: a folder made by encode-prompts, or a file, which is encoded
             into OUT/prompts; by default the prompts that the model ships.
         column: of the prompts in a .csv or .parquet file.
@@ -321,7 +339,8 @@ def evaluate(
         compile: worth it for many images.
         json: print one JSON object.
     """
-    pipeline = _load(model, device, dtype, compile)
+    given = _given({"student_temperature": student_temperature})
+    pipeline = _load(model, device, dtype, compile).with_settings(**given)
     settings = EvaluationSettings(methods, num, seeds, keep)
     summary = commands.evaluate_model(
         model, pipeline, out, settings, prompts, column, features, reference, inception_weights

@@ -9,9 +9,9 @@ Axis letters: B batch, L tokens in a sequence, K tokens in a block, V codebook e
 import copy
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
 from time import perf_counter
@@ -28,12 +28,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distilled_decoding.condition import stand_ins
-from distilled_decoding.distill import DistillSettings, attention_on, batch_loss
+from distilled_decoding.condition import Condition, stand_ins
+from distilled_decoding.distill import STUDENT, DistillSettings, attention_on
+from distilled_decoding.distill_tokens import Tokens, Tracker
+from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.flow import flow_map
+from distilled_decoding.losses import Losses
 from distilled_decoding.parallel import RunSettings, recompute_layers
 from distilled_decoding.store import Shard
-from distilled_decoding.teacher import log_probabilities
+from distilled_decoding.teacher import TeacherSampling, log_probabilities
 from distilled_decoding.trajectories import TrajectorySettings
 
 # The share of the speed of large matrix products that a whole job reaches. On two CPU cores the four jobs behind the
@@ -130,10 +133,13 @@ def distillation_cost(
     flops_per_second: float,
     device: torch.device,
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
+    tracker: nn.Module | None = None,
+    sampling: TeacherSampling = TeacherSampling(),  # noqa: B008 - frozen
 ) -> Cost:
     """What it takes to train a student; `settings.compile` needs less.
 
-    Of a perceptual loss the decoder is counted, the network that compares the images is not.
+    Of a perceptual loss the decoder is counted, the network that compares the images is not; of the method `tokens`
+    every start counts as if no block were known.
 
     Args:
         teacher: a `Teacher` and `nn.Module`; its weights are not read and may be on the meta device.
@@ -143,35 +149,59 @@ def distillation_cost(
         device: where it will run, in one process; attention keeps its scores for the backward pass on a CPU, not on a
             GPU.
         run: as `distill` takes it; `sharded` is not looked at.
+        tracker: what the method `tokens` trains for each start, see `Tokens.new_tracker`; None for `trajectories`.
+        sampling: the teacher's distribution, for `tokens`.
     """
-    order = teacher.order
+    order, num_trackers = teacher.order, 0 if tracker is None else max(1, len(settings.start_blocks))
     attention = nullcontext() if device.type == "cpu" else _FlashAttention()
     with FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter, attention:
         teacher, student = _shapes_of(teacher), _shapes_of(student).train().requires_grad_(True)
-        parameters = list(student.parameters())
-        beside = [torch.empty_like(p) for p in parameters for _ in ("average", "first moment", "second moment")]
-        for parameter in parameters:
+        trackers = [Tracker(_trainable_shapes_of(tracker)) for _ in range(num_trackers)]
+        average = [torch.empty_like(parameter) for parameter in student.parameters()]
+        learnt = [p for network in (student, *trackers) for p in network.parameters() if p.requires_grad]
+        moments = [torch.empty_like(parameter) for parameter in learnt for _ in ("first", "second")]
+        for parameter in learnt:
             parameter.grad = torch.empty_like(parameter)
         fixed_bytes = meter.held
         if run.recompute:
-            recompute_layers(student)
+            for network in (student, *trackers):
+                recompute_layers(network)
         size = run.micro_batch or settings.batch_size
-        zero_B = torch.zeros(settings.batch_size, dtype=torch.int64)
-        shard = Shard(zero_B[:size].expand(order.length, -1).T.contiguous(), zero_B[:size], zero_B[:size])
-        with meter.counting() as count, attention_on(device):
-            if size >= settings.batch_size:
-                student.zero_grad()  # otherwise the gradients of the parts before are there
-            part = slice(0, size)
+        part, zero_B = slice(0, size), torch.zeros(settings.batch_size, dtype=torch.int64)
+        shard = Shard(zero_B[part].expand(order.length, -1).T.contiguous(), zero_B[part], zero_B[part])
+
+        def step(network: nn.Module, losses: Callable[[], Losses]) -> _Count:
+            with meter.counting() as count, attention_on(device):
+                if size >= settings.batch_size:
+                    network.zero_grad()  # otherwise the gradients of the parts before are there
+                losses().total.backward()
+            return count
+
+        if tracker is None:
             condition, split = stand_ins(teacher, size), order.num_blocks
-            losses = batch_loss(teacher, student, shard, condition, zero_B, settings, split, F.mse_loss, part)
-            losses.total.backward()
-        del beside
-        # The state of the training holds the student, its average, and of each parameter two moments and a counter.
-        state_bytes = 2 * _file_bytes(student) + sum(2 * p.nbytes + 4 for p in parameters)
+            counts = [
+                step(
+                    student,
+                    lambda: batch_loss(teacher, student, shard, condition, zero_B, settings, split, F.mse_loss, part),
+                )
+            ]
+        else:
+            settings = replace(settings, start_blocks=settings.start_blocks or (0,))
+            method = Tokens(teacher, lambda: tracker, _StandIns(teacher), sampling, settings, shard, F.mse_loss)
+            forwards = {STUDENT: student, "tracker-0": trackers[0]}
+            counts = [step(trackers[0], lambda: method.tracker_losses(shard, 0, forwards, part))]
+            counts *= settings.tokens.tracker_updates
+            counts += [step(student, lambda: method.student_losses(shard, 0, forwards, part))]
+        del average, moments
+        # The state of the training holds the student, its average, the trackers, and of each parameter two moments and
+        # a counter.
+        state_bytes = 2 * _file_bytes(student) + sum(2 * p.nbytes + 4 for p in learnt)
+        state_bytes += sum(p.nbytes for network in trackers for p in network.parameters() if p.requires_grad)
         disk_bytes = state_bytes + _file_bytes(teacher) + _file_bytes(student)
-    flops = settings.num_updates * count.flops * settings.batch_size // min(size, settings.batch_size)
+    flops = settings.num_updates * sum(count.flops for count in counts) * settings.batch_size
+    flops //= min(size, settings.batch_size)
     seconds = flops / flops_per_second / _DISTILLATION_EFFICIENCY
-    return Cost(flops, seconds, count.peak, fixed_bytes, disk_bytes)
+    return Cost(flops, seconds, max(count.peak for count in counts), fixed_bytes, disk_bytes)
 
 
 def flops_per_second(device: torch.device, bf16: bool) -> float:
@@ -257,6 +287,37 @@ def _shapes_of(module: Any) -> Any:
     for p in module.parameters():
         new[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
     return copy.deepcopy(module, new)
+
+
+def _trainable_shapes_of(module: Any) -> Any:
+    """`_shapes_of`, in which the same parameters require a gradient."""
+    copied = _shapes_of(module)
+    for new, old in zip(copied.parameters(), module.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    return copied
+
+
+class _StandIns:
+    """A table of the `stand_ins` of a teacher."""
+
+    prompts = ()
+
+    def __init__(self, teacher: Any) -> None:
+        self._teacher = teacher
+
+    def check(self) -> None:
+        """Nothing lies on disk."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Nobody asks for it."""
+        return {}
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number_B: Tensor) -> Condition:
+        return stand_ins(self._teacher, len(number_B))
 
 
 def _flow_row(vocab_size: int, channels: int, settings: TrajectorySettings) -> _Count:

@@ -83,6 +83,7 @@ def info(pipeline: Pipeline) -> dict[str, Any]:
         "flow": asdict(pipeline.config.flow),
         "start_blocks": list(pipeline.config.start_blocks),
         "split_block": pipeline.config.split_block,
+        "student_temperature": pipeline.config.student_temperature,
         "student": pipeline.student is not None,
         "num_trajectories": pipeline.config.num_trajectories,
         "training": asdict(pipeline.config.training),

@@ -1,35 +1,28 @@
-"""The training loop: a student learns to jump from noise to the end of the teacher's trajectories.
+"""The training loop, one for all methods: checkpoints, average, schedule, processes, updates that are not finite.
 
 Every random choice of an update follows from the seed and its number alone, so a stopped run that goes on equals
-one that was never stopped, and any number of processes learn the same in the same order.
+one that was never stopped, and any number of processes learn the same in the same order. What is learnt is a method's
+to say: `distill_trajectories`, `distill_tokens`.
 
-Axis letters: B batch, L tokens in a sequence, C code channels, N trajectories, S blocks.
+Axis letters: B batch, L tokens in a sequence, S blocks.
 """
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.codebook import lookup
-from distilled_decoding.condition import Condition, ConditionTable
-from distilled_decoding.losses import (
-    ImageDistance,
-    Losses,
-    LossWeights,
-    Totals,
-    corrupt,
-    distillation_loss,
-    perceptual_loss,
-)
-from distilled_decoding.noise import gaussian_noise, image_keys, shuffled, uniform
+from distilled_decoding.losses import Losses, LossWeights, TokenSettings
+from distilled_decoding.noise import image_keys, shuffled, uniform
 from distilled_decoding.parallel import (
     RunSettings,
     Trainee,
@@ -39,10 +32,10 @@ from distilled_decoding.parallel import (
     shard,
     whole,
 )
-from distilled_decoding.store import Shard, TrajectoryStore
-from distilled_decoding.student import StudentOutput, soft_sequence
 from distilled_decoding.teacher import Teacher, draw
 from distilled_decoding.training_state import Checkpoints
+
+MethodName = Literal["trajectories", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class DistillSettings:
 
     Attributes:
         num_updates: updates.
-        batch_size: trajectories in an update.
+        batch_size: images in an update.
         learning_rate: peak of the schedule: linear warm-up, then a cosine to a hundredth.
         warmup: updates until the peak.
         weight_decay: AdamW's, on matrices only.
@@ -60,7 +53,10 @@ class DistillSettings:
         start_blocks: where the student learns to start, 0 first; () means those of the model.
         start_weights: how often each of them is drawn; () draws all alike.
         block_weights: weight of each block in the loss; () weighs all tokens alike.
-        loss: weights of the parts of the loss.
+        method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of the `tokens` that it
+            draws itself.
+        loss: weights of the parts of the loss on trajectories.
+        tokens: of the method `tokens`.
         bf16: run the student under bfloat16 autocast.
         compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
         seed: of the training order and the starting blocks.
@@ -79,12 +75,16 @@ class DistillSettings:
     start_blocks: tuple[int, ...] = ()
     start_weights: tuple[float, ...] = ()
     block_weights: tuple[float, ...] = ()
+    method: MethodName = "trajectories"
     loss: LossWeights = field(default_factory=LossWeights)
+    tokens: TokenSettings = field(default_factory=TokenSettings)
     bf16: bool = True
     compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.method not in get_args(MethodName):
+            raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(get_args(MethodName))}")
         for name in ("num_updates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -125,10 +125,10 @@ class Update:
 
     Attributes:
         number: counted from 1.
-        losses: of the whole update, whatever part of it this process took.
+        losses: of the student in the whole update, whatever part of it this process took.
         learning_rate: its own.
-        gradient_norm: before clipping.
-        finite: whether loss and gradient were; the update was skipped if not.
+        gradient_norm: the student's before clipping.
+        finite: whether all losses and gradients were; a network whose own were not was left as it was.
         skipped: skipped updates in all.
         average: the averaged student as it is now.
     """
@@ -150,14 +150,14 @@ def learning_rate_at(update: int, settings: DistillSettings) -> float:
     return settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def batch_indices(update: int, settings: DistillSettings, num_trajectories: int) -> Tensor:
-    """The trajectories of an update, int64 [B]: passes over all of them, in ever new orders, laid end to end."""
-    place_B = torch.arange(update * settings.batch_size, (update + 1) * settings.batch_size)
-    epoch_B, index_B = place_B // num_trajectories, place_B % num_trajectories
+def batch_indices(batch: int, settings: DistillSettings, num: int) -> Tensor:
+    """What of `num` trajectories or conditions a batch takes, int64 [B]: passes over all, in ever new orders."""
+    place_B = torch.arange(batch * settings.batch_size, (batch + 1) * settings.batch_size)
+    epoch_B, index_B = place_B // num, place_B % num
     for epoch in epoch_B.unique().tolist():
         chosen_B = epoch_B == epoch
         key_1 = image_keys("training", settings.seed, [epoch])
-        index_B[chosen_B] = shuffled(index_B[chosen_B], num_trajectories, key_1)
+        index_B[chosen_B] = shuffled(index_B[chosen_B], num, key_1)
     return index_B
 
 
@@ -169,16 +169,22 @@ def start_blocks_of(update: int, settings: DistillSettings) -> Tensor:
     return torch.tensor(settings.start_blocks)[choice_B[0]]
 
 
-def make_optimizer(student: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:
-    """AdamW whose weight decay spares vectors (norms, biases), its moments at zero."""
-    matrices = [p for p in student.parameters() if p.ndim > 1]
-    vectors = [p for p in student.parameters() if p.ndim <= 1]
+def token_weights(order: BlockOrder, settings: DistillSettings, device: torch.device) -> Tensor | None:
+    """The weight of every token in the loss, float32 [L]; None weighs all alike."""
+    if not settings.block_weights:
+        return None
+    return torch.tensor(settings.block_weights, device=device)[order.block_L(device)]
+
+
+def make_optimizer(network: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:
+    """AdamW on what can be trained, its moments at zero; its weight decay spares vectors (norms, biases)."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-    for parameter in student.parameters():
+    for parameter in parameters:
         moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
     return optimizer
@@ -192,69 +198,92 @@ def update_ema(ema: nn.Module, student: nn.Module, update: int, settings: Distil
         average.lerp_(value, 1 - rate)
 
 
-def batch_loss(
-    teacher: Teacher,
-    student: Callable[[Tensor, Condition, Tensor], StudentOutput],
-    batch: Shard,
-    condition: Condition,
-    known_blocks_B: Tensor,
-    settings: DistillSettings,
-    split_block: int,
-    image_distance: ImageDistance | None = None,
-    part: slice = slice(None),  # noqa: B008 - a slice is a constant
-) -> Losses:
-    """The loss of a student on some trajectories, each started from its own number of known blocks (Eq. 5, 6, 7).
-
-    Args:
-        teacher: see `distill`, like the others that are not named here.
-        student: predicts.
-        batch: the trajectories of a part of an update.
-        condition: what they were asked for.
-        known_blocks_B: of all rows of the update.
-        settings: see there.
-        split_block: likewise.
-        image_distance: likewise.
-        part: the rows of the update that `batch` holds; the losses of all parts add up to those of the update.
-    """
-    order, codebook_VC = teacher.order, teacher.codebook
-    device = codebook_VC.device
-    token_BL, known_blocks_B = batch.token_NL.to(device), known_blocks_B.to(device)
-    weight_L = None
-    if settings.block_weights:
-        weight_L = torch.tensor(settings.block_weights, device=device)[order.block_L(device)]
-    totals = Totals.of(order.known_BL(known_blocks_B), weight_L)
-    share = len(batch) / len(known_blocks_B)
-    known_blocks_B = known_blocks_B[part]
-    code_BLC = lookup(token_BL, codebook_VC)
-    noise_BLC = gaussian_noise(batch.key_N.to(device), order.length, codebook_VC.shape[1])
-    known_BL = order.known_BL(known_blocks_B)
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-        output = student(corrupt(noise_BLC, code_BLC, known_BL), condition.to(device), known_blocks_B)
-    perceptual = None
-    if settings.loss.perceptual_weight > 0:
-        assert image_distance is not None
-        predicted_BLC = soft_sequence(output, codebook_VC, order.tokens_before(split_block))
-        predicted_BLC = torch.where(known_BL.unsqueeze(-1), code_BLC, predicted_BLC)
-        perceptual = share * perceptual_loss(predicted_BLC, code_BLC, teacher.decode, image_distance)
-    return distillation_loss(output, token_BL, code_BLC, known_BL, settings.loss, weight_L, perceptual, totals)
-
-
 def attention_on(device: torch.device) -> AbstractContextManager[None]:
     """What forward and backward pass run in."""
     # On a CPU the fused kernel's backward pass in bfloat16 takes three times as long as plain attention's.
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
+Forward = Callable[..., Any]
+"""Calls a network, in whatever way it is trained."""
+
+LossesOf = Callable[[Mapping[str, Forward], slice], Losses]
+"""The losses of a part of an update's rows, given all networks of the run; those of all parts add up."""
+
+STUDENT = "student"
+"""What the student is called among the networks of a run."""
+
+
+class Method(Protocol):
+    """What a student learns from: the part of a training that is not the loop."""
+
+    @property
+    def teacher(self) -> Teacher:
+        """It is distilled."""
+        ...
+
+    @property
+    def settings(self) -> DistillSettings:
+        """How the student is trained."""
+        ...
+
+    @property
+    def networks(self) -> Mapping[str, tuple[nn.Module, float]]:
+        """What is trained beside the student, by name, with the peak of its learning rate."""
+        ...
+
+    def steps(self, update: int) -> Iterator[tuple[str, LossesOf]]:
+        """The steps of an update, counted from 0: which network learns, and what; the student's comes last."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What came of a step: the losses over all processes, the gradient's norm, and whether all were finite."""
+
+    losses: Losses
+    gradient_norm: float
+    finite: bool
+
+
+class _Learner:
+    """A network with its optimizer, trained by all processes together."""
+
+    def __init__(self, network: nn.Module, settings: DistillSettings, run: RunSettings) -> None:
+        if run.recompute:
+            recompute_layers(network)
+        if run.sharded:
+            shard(network)
+        self._network = network
+        self._settings = settings
+        self._optimizer = make_optimizer(network, settings)
+        self._trainee = Trainee(network, settings.compile)
+        self.forward: Forward = self._trainee.forward
+
+    def step(self, losses_of: Callable[[slice], Losses], parts: list[slice], update: int) -> _Step:
+        """Learn from the rows of an update, unless loss or gradient are not finite."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate_at(update, self._settings)
+        self._optimizer.zero_grad()
+        losses = self._trainee.gradients(losses_of, parts)
+        norm = self._trainee.clip_gradients(self._settings.grad_clip)
+        finite = math.isfinite(losses.total) and math.isfinite(norm)
+        if finite:
+            self._optimizer.step()
+        return _Step(losses, norm, finite)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Everything of the optimizer that changes, by name; the tensors themselves."""
+        learnt = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
+        states = {name: self._optimizer.state[parameter] for name, parameter in learnt.items()}
+        return {f"{name}/{field}": value for name, state in states.items() for field, value in state.items()}
+
+
 def distill(
-    teacher: Teacher,
+    method: Method,
     student: nn.Module,
-    trajectories: Shard | TrajectoryStore,
-    table: ConditionTable,
-    settings: DistillSettings,
-    split_block: int,
     checkpoints: Checkpoints,
     on_update: Callable[[Update], bool],
-    image_distance: ImageDistance | None = None,
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
     resume: Path | None = None,
 ) -> nn.Module | None:
@@ -263,15 +292,10 @@ def distill(
     All processes of a run call this alike, within `processes.group`, and have the same result.
 
     Args:
-        teacher: made the trajectories; gives order, codebook and decoder.
+        method: what the student learns from.
         student: trained in place, on the teacher's device.
-        trajectories: what it learns; each process reads its own rows of every update.
-        table: what they were asked for.
-        settings: see there.
-        split_block: where sampling will go over from the logits to the code head; the perceptual loss follows it.
         checkpoints: hold the run; when there are some, the run goes on from the newest.
         on_update: hears of every update, in every process; when it returns False in any, the run is saved and stops.
-        image_distance: the perceptual distance, needed when its weight is positive.
         run: see there.
         resume: a checkpoint to go on from instead.
 
@@ -279,56 +303,41 @@ def distill(
         The averaged student, or None when the run was stopped before its end.
 
     Raises:
-        ValueError: settings that do not fit the teacher or the processes, or no valid checkpoint among those there are.
+        ValueError: settings that do not fit the processes, or no valid checkpoint among those there are.
         FloatingPointError: too many updates in a row were not finite.
     """
-    settings.check(teacher.order, split_block)
-    if settings.loss.perceptual_weight > 0 and image_distance is None:
-        raise ValueError(f"a perceptual weight of {settings.loss.perceptual_weight} needs an image distance")
-    parts = own_parts(settings.batch_size, run.micro_batch)
-    average = copy.deepcopy(student).requires_grad_(False).eval()
-    result = copy.deepcopy(average) if run.sharded else average
-    if run.recompute:
-        recompute_layers(student)
+    settings, parts = method.settings, own_parts(method.settings.batch_size, run.micro_batch)
+    average = copy.deepcopy(student).eval()
+    result = copy.deepcopy(average).requires_grad_(False) if run.sharded else average
+    learners = {STUDENT: _Learner(student.train(), settings, run)}
+    for name, (network, learning_rate) in method.networks.items():
+        learners[name] = _Learner(network, replace(settings, learning_rate=learning_rate), run)
     if run.sharded:
-        shard(student)
         shard(average)
-    optimizer = make_optimizer(student, settings)
-    tensors = _state(student, average, optimizer)
+    average.requires_grad_(False)
+    tensors = _state(student, average, learners, method)
     counts = checkpoints.load_newest(tensors) if resume is None else checkpoints.load(resume, tensors)
-    trainee = Trainee(student.train(), settings.compile)
+    forwards = {name: learner.forward for name, learner in learners.items()}
     while counts.updates < settings.num_updates:
         update = counts.updates
-        rate = learning_rate_at(update, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        index_B = batch_indices(update, settings, len(trajectories))
-        known_blocks_B = start_blocks_of(update, settings)
-
-        def losses_of(part: slice, index_B: Tensor = index_B, known_blocks_B: Tensor = known_blocks_B) -> Losses:
-            batch, forward = trajectories[index_B[part]], trainee.forward
-            condition = table[batch.label_N]
-            return batch_loss(
-                teacher, forward, batch, condition, known_blocks_B, settings, split_block, image_distance, part
-            )
-
-        optimizer.zero_grad()
-        with attention_on(teacher.codebook.device):
-            losses = trainee.gradients(losses_of, parts)
-        norm = trainee.clip_gradients(settings.grad_clip)
-        finite = math.isfinite(losses.total) and math.isfinite(norm)
-        if finite:
-            optimizer.step()
+        steps: list[_Step] = []
+        for name, losses_of in method.steps(update):
+            with attention_on(method.teacher.codebook.device):
+                steps.append(learners[name].step(partial(losses_of, forwards), parts, update))
+        finite, last = all(step.finite for step in steps), steps[-1]
+        if last.finite:
             update_ema(average, student, update, settings)
         counts = counts.after(finite)
         if counts.skipped_in_row == run.patience:
             path = checkpoints.save(tensors, counts, "failed")
             raise FloatingPointError(
                 f"{run.patience} updates in a row were not finite (at the last, {counts.updates}, the loss was "
-                f"{losses.total:g}, the gradient's norm {norm:g}); the state is in {path}; try a lower learning rate"
+                f"{last.losses.total:g}, the gradient's norm {last.gradient_norm:g}); the state is in {path}; try a "
+                "lower learning rate"
             )
-        keep_on = on_update(Update(counts.updates, losses, rate, norm, finite, counts.skipped, average))
-        stop = any_process(not keep_on)
+        rate = learning_rate_at(update, settings)
+        heard = Update(counts.updates, last.losses, rate, last.gradient_norm, finite, counts.skipped, average)
+        stop = any_process(not on_update(heard))
         if stop or counts.updates == settings.num_updates or checkpoints.due(counts.updates):
             checkpoints.save(tensors, counts)
         if stop:
@@ -336,10 +345,15 @@ def distill(
     return whole(average, result) if run.sharded else average
 
 
-def _state(student: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _state(
+    student: nn.Module, average: nn.Module, learners: Mapping[str, _Learner], method: Method
+) -> dict[str, Tensor]:
     """Everything that training changes, by name; the tensors themselves."""
-    tensors = {f"student/{name}": value for name, value in student.state_dict().items()}
+    tensors = {f"{STUDENT}/{name}": value for name, value in student.state_dict().items()}
     tensors |= {f"average/{name}": value for name, value in average.state_dict().items()}
-    for name, parameter in student.named_parameters():
-        tensors |= {f"optimizer/{name}/{field}": value for field, value in optimizer.state[parameter].items()}
+    for own, (network, _) in method.networks.items():
+        tensors |= {f"{own}/{name}": p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    for own, learner in learners.items():
+        optimizer = "optimizer" if own == STUDENT else f"{own}-optimizer"
+        tensors |= {f"{optimizer}/{name}": value for name, value in learner.optimizer_state().items()}
     return tensors

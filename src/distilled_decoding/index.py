@@ -1,5 +1,6 @@
 """`model_index.json`: what a pipeline folder says of itself, and whether its parts bear it out."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ class PipelineConfig:
         start_blocks: where the student can start, or should learn to.
         split_block: blocks before it come from the student's logits, the rest from its code head.
         micro_batch: images generated at once.
+        student_temperature: the student draws its tokens from its logits divided by it; 0 takes the most likely.
         num_trajectories: how many to distil it from.
         training: how to distil it, or how it was.
         preset: the published model that it is, whose results `info` shows; None for any other.
@@ -34,7 +36,8 @@ class PipelineConfig:
             folder, or there is none.
 
     Raises:
-        ValueError: a count that is not positive, or starting blocks that do not ascend from 0.
+        ValueError: a count that is not positive, a temperature that is negative, or starting blocks that do not ascend
+            from 0.
     """
 
     family: str
@@ -46,6 +49,7 @@ class PipelineConfig:
     micro_batch: int
     num_trajectories: int = 50_000
     training: DistillSettings = field(default_factory=DistillSettings)
+    student_temperature: float = 0.0
     preset: str | None = None
     text_encoder: str | None = None
 
@@ -53,6 +57,8 @@ class PipelineConfig:
         for name in ("micro_batch", "num_trajectories"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.student_temperature < math.inf:
+            raise ValueError(f"student_temperature must be 0 or more, got {self.student_temperature}")
         if self.start_blocks[:1] != (0,) or list(self.start_blocks) != sorted(set(self.start_blocks)):
             raise ValueError(f"start_blocks must ascend from 0, got {self.start_blocks}")
 

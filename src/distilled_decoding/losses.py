@@ -1,8 +1,9 @@
-"""What the student learns from: partly known sequences (Eq. 5) and the distillation losses (Eq. 7).
+"""What the student learns from: partly known sequences (Eq. 5), the losses on trajectories (Eq. 7) and on tokens.
 
 Axis letters: B batch, L tokens in a sequence, V codebook entries, C code channels, H W image.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,13 +50,78 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Losses:
-    """The parts of a batch's loss, each a scalar; `accuracy`: share of unknown tokens that argmax gets right."""
+    """What a network is trained on, a scalar, and in a derived class the parts of it that are told, scalars too."""
 
     total: Tensor
+
+    def __str__(self) -> str:
+        return f"loss {float(self.total):.3f}"
+
+
+@dataclass(frozen=True)
+class TrajectoryLosses(Losses):
+    """The parts of the loss on trajectories; `accuracy`: share of unknown tokens that argmax gets right."""
+
     logits: Tensor
     code: Tensor
     perceptual: Tensor
     accuracy: Tensor
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, argmax right {float(self.accuracy):.1%}"
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """How a student learns from the teacher's judgement of its own tokens (Eq. 10, 11, 12).
+
+    Attributes:
+        draw_temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
+        ratio_clamp: largest log-ratio of tracker and teacher, either way; codes that the teacher never samples have it.
+        tracker_updates: of the tracker in each update of the student.
+        tracker_rate: its learning rate, in units of the student's.
+        entropy_weight: of the entropy of the student's tokens; what is positive makes it surer, what is negative less.
+        trajectory_weight: of the loss on trajectories; 0 needs none.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    draw_temperature: float = 1.0
+    ratio_clamp: float = 5.0
+    tracker_updates: int = 2
+    tracker_rate: float = 1.0
+    entropy_weight: float = 0.0
+    trajectory_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("draw_temperature", "ratio_clamp", "tracker_updates", "tracker_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not math.isfinite(self.entropy_weight):
+            raise ValueError(f"entropy_weight must be finite, got {self.entropy_weight}")
+        if not 0 <= self.trajectory_weight < math.inf:
+            raise ValueError(f"trajectory_weight must not be negative, got {self.trajectory_weight}")
+
+
+@dataclass(frozen=True)
+class TokenLosses(Losses):
+    """The parts of the loss on a student's own tokens, means over unknown tokens.
+
+    Attributes:
+        divergence: of the student's conditionals from the teacher's, as the tracker sees them and clamped (Eq. 11).
+        entropy: of the distributions that the tokens are drawn from.
+        tracker: the tracker's cross-entropy on them, before it learns from them (Eq. 12).
+        trajectories: the loss on trajectories; 0 without.
+    """
+
+    divergence: Tensor
+    entropy: Tensor
+    tracker: Tensor
+    trajectories: Tensor
+
+    def __str__(self) -> str:
+        return f"divergence {float(self.divergence):.3f}, entropy {float(self.entropy):.3f}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +152,7 @@ def distillation_loss(
     weight_L: Tensor | None = None,
     perceptual: Tensor | None = None,
     totals: Totals | None = None,
-) -> Losses:
+) -> TrajectoryLosses:
     """The loss of a student against the ends of its trajectories, over unknown tokens only (Eq. 7).
 
     Args:
@@ -109,7 +175,7 @@ def distillation_loss(
     perceptual = logits.new_zeros(()) if perceptual is None else perceptual
     total = weights.logits_weight * logits + weights.code_weight * code + weights.perceptual_weight * perceptual
     hits_BL = (output.logits_BLV.argmax(-1) == token_BL).float()
-    return Losses(total, logits, code, perceptual, (hits_BL * unknown_BL).sum() / totals.unknown)
+    return TrajectoryLosses(total, logits, code, perceptual, (hits_BL * unknown_BL).sum() / totals.unknown)
 
 
 def perceptual_loss(predicted_BLC: Tensor, code_BLC: Tensor, decode: Decode, image_distance: ImageDistance) -> Tensor:
@@ -120,3 +186,46 @@ def perceptual_loss(predicted_BLC: Tensor, code_BLC: Tensor, decode: Decode, ima
     with torch.no_grad():
         target_BCHW = decode(code_BLC)
     return image_distance(decode(predicted_BLC), target_BCHW)
+
+
+def log_ratio(log_psi_BLV: Tensor, log_p_BLV: Tensor, clamp: float) -> Tensor:
+    """How much likelier a token is with the student than with the teacher, given those before it (Eq. 10), [B, L, V].
+
+    Args:
+        log_psi_BLV: the tracker's log probabilities, finite.
+        log_p_BLV: the teacher's, -inf for codes that it never samples.
+        clamp: largest value, either way.
+    """
+    return (log_psi_BLV - log_p_BLV).clamp(-clamp, clamp)
+
+
+def token_loss(
+    log_pi_BLV: Tensor,
+    log_psi_BLV: Tensor,
+    log_p_BLV: Tensor,
+    token_BL: Tensor,
+    weight_BL: Tensor,
+    settings: TokenSettings,
+) -> TokenLosses:
+    """The loss whose gradient moves a student's tokens towards the teacher's conditionals (Eq. 11).
+
+    Args:
+        log_pi_BLV: the student's log probabilities; gradients flow to them alone.
+        log_psi_BLV: the tracker's on the student's tokens.
+        log_p_BLV: the teacher's on them.
+        token_BL: the student's tokens.
+        weight_BL: of each token in the mean, 0 for known ones; over the whole update they add up to 1.
+        settings: clamp and weights.
+    """
+    pi_BLV, ratio_BLV = log_pi_BLV.exp(), log_ratio(log_psi_BLV, log_p_BLV, settings.ratio_clamp)
+    divergence = ((pi_BLV * ratio_BLV.detach()).sum(-1) * weight_BL).sum()
+    entropy = -((pi_BLV * log_pi_BLV).sum(-1) * weight_BL).sum()
+    total = divergence + settings.entropy_weight * entropy
+    return TokenLosses(
+        total, divergence, entropy, tracker_loss(log_psi_BLV, token_BL, weight_BL).detach(), total.new_zeros(())
+    )
+
+
+def tracker_loss(log_psi_BLV: Tensor, token_BL: Tensor, weight_BL: Tensor) -> Tensor:
+    """The tracker's cross-entropy on a student's tokens (Eq. 12), a scalar; for the arguments see `token_loss`."""
+    return -(log_psi_BLV.gather(-1, token_BL.unsqueeze(-1)).squeeze(-1) * weight_BL).sum()

@@ -79,7 +79,7 @@ def recompute_layers(module: nn.Module) -> None:
 
 
 def shard(module: nn.Module) -> None:
-    """Leave every process a share of a module's parameters, in place.
+    """Leave every process a share of a module's parameters, in place, and the whole of those that are not trained.
 
     What is gathered together is each of the larger parts of a layer, and the rest: a layer's parts may be called
     apart from it.
@@ -92,9 +92,9 @@ def shard(module: nn.Module) -> None:
     mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
     for layer in _layers(module):
         for part in layer.children():
-            if any(parameter.ndim > 1 for parameter in part.parameters()):
+            if any(parameter.ndim > 1 and parameter.requires_grad for parameter in part.parameters()):
                 fully_shard(part, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh, ignored_params={p for p in module.parameters() if not p.requires_grad})
 
 
 def whole(module: nn.Module, like: nn.Module) -> nn.Module:
@@ -108,21 +108,21 @@ def whole(module: nn.Module, like: nn.Module) -> nn.Module:
 
 
 class Trainee:
-    """A student that all processes train together.
+    """A network that all processes train together.
 
     Args:
-        student: trained in place; after `shard` each process holds a share of it, otherwise all hold the whole.
+        network: trained in place; after `shard` each process holds a share of it, otherwise all hold the whole.
         compiled: use torch.compile.
 
     Attributes:
-        forward: calls the student.
+        forward: calls the network.
     """
 
-    def __init__(self, student: nn.Module, compiled: bool) -> None:
-        self._student = student
-        self.forward: Any = student
-        if world_size() > 1 and not isinstance(student, FSDPModule):
-            self.forward = DistributedDataParallel(student)
+    def __init__(self, network: nn.Module, compiled: bool) -> None:
+        self._network = network
+        self.forward: Any = network
+        if world_size() > 1 and not isinstance(network, FSDPModule):
+            self.forward = DistributedDataParallel(network)
         self._ddp = self.forward if isinstance(self.forward, DistributedDataParallel) else None
         if compiled:
             self.forward = torch.compile(self.forward)
@@ -135,7 +135,7 @@ class Trainee:
             parts: of this process.
 
         Returns:
-            The losses of the update, without a graph.
+            The losses of the update, of the same kind, without a graph.
         """
         found = []
         for part in parts:
@@ -144,17 +144,17 @@ class Trainee:
                 # Processes exchange the mean of their gradients, where the sum is meant.
                 (losses.total * world_size()).backward()
             found.append(torch.stack([value.detach() for value in vars(losses).values()]))
-        return Losses(*_add_up(torch.stack(found).sum(0)))
+        return type(losses)(*_add_up(torch.stack(found).sum(0)))
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients down to a norm and return the one that they had."""
-        norm = nn.utils.clip_grad_norm_(self._student.parameters(), max_norm)
+        norm = nn.utils.clip_grad_norm_(self._network.parameters(), max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _exchanging(self, last: bool) -> AbstractContextManager[None]:
         """After its last part a process gives its gradients to the others."""
-        if isinstance(self._student, FSDPModule):
-            self._student.set_requires_gradient_sync(last)
+        if isinstance(self._network, FSDPModule):
+            self._network.set_requires_gradient_sync(last)
         return self._ddp.no_sync() if self._ddp is not None and not last else nullcontext()
 
 

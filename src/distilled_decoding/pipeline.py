@@ -6,7 +6,7 @@ Axis letters: B batch, L tokens in a sequence, C code or image channels, H W ima
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -299,6 +299,14 @@ class Pipeline:
         """An untrained student that begins where the teacher stands, on its device."""
         return family(self.config.family).new_student(self.teacher, seed)
 
+    def new_tracker(self) -> nn.Module:
+        """A copy of the teacher whose transformers can be trained, and its tokenizer not."""
+        twin = copy(self)
+        twin.teacher = deepcopy(self.teacher)
+        for part in twin._transformers():
+            part.requires_grad_(True)
+        return twin.teacher
+
     @cached_property
     def text_encoder(self) -> TextEncoder | None:
         """What turns prompts into captions, loaded when it is first asked for; None where there is none.
@@ -498,6 +506,7 @@ class Pipeline:
             self.config.split_block,
             callback,
             self._passes,
+            self.config.student_temperature,
         )
 
     def images(

@@ -87,6 +87,8 @@ def identity(pipeline: "Pipeline", plan: "Plan") -> dict[str, Any]:
     }
     if plan.schedule:
         values |= {"student": pipeline.student_fingerprint, "split_block": config.split_block}
+        if config.student_temperature > 0:
+            values |= {"student_temperature": config.student_temperature}
     return _plain(values)
 
 

@@ -16,7 +16,7 @@ from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.condition import Condition
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.noise import gaussian_noise, uniform
-from distilled_decoding.student import Student, final_sequence
+from distilled_decoding.student import STUDENT_STREAM, Student, final_sequence
 from distilled_decoding.teacher import (
     Prefix,
     Teacher,
@@ -101,7 +101,14 @@ def check_plan(plan: Plan, order: BlockOrder, start_blocks: Sequence[int]) -> Pl
 
 
 def jump(
-    student: Student, x_BLC: Tensor, condition: Condition, known_blocks: int, codebook_VC: Tensor, split_block: int
+    student: Student,
+    x_BLC: Tensor,
+    condition: Condition,
+    known_blocks: int,
+    codebook_VC: Tensor,
+    split_block: int,
+    temperature: float = 0.0,
+    uniform_BL: Tensor | None = None,
 ) -> Tensor:
     """One pass of the student: codes of a sequence whose later blocks are noise (Eq. 8).
 
@@ -113,6 +120,8 @@ def jump(
         codebook_VC: the codes.
         split_block: blocks before it come from the logits, known ones as the nearest code; the others from the code
             head, known ones as they are.
+        temperature: of the draw from the logits; 0 takes the most likely codes.
+        uniform_BL: numbers in (0, 1), one a token of a whole sequence, for the draw; None without one.
 
     Returns:
         code_BLC, the shape of `x_BLC`.
@@ -121,7 +130,7 @@ def jump(
     known, split = (min(student.order.tokens_before(block), length) for block in (known_blocks, split_block))
     known_blocks_B = torch.full((len(x_BLC),), known_blocks, device=x_BLC.device)
     output = student(x_BLC, condition, known_blocks_B, split)
-    code_BLC = final_sequence(output, codebook_VC, split)
+    code_BLC = final_sequence(output, codebook_VC, split, temperature, uniform_BL)
     if known == 0:
         return code_BLC
     quantised_BLC, kept_BLC = x_BLC[:, :known].tensor_split((min(known, split),), dim=1)
@@ -158,6 +167,7 @@ def sample(
     split_block: int,
     callback: Callback | None = None,
     passes: Passes = Passes(),  # noqa: B008
+    student_temperature: float = 0.0,
 ) -> Tensor:
     """Codes of whole images, each from its key and condition alone.
 
@@ -174,6 +184,7 @@ def sample(
         split_block: see `jump`.
         callback: called after every step.
         passes: the computations, eager by default.
+        student_temperature: of the student's draws, one for each token from the image's key; 0 takes the most likely.
 
     Returns:
         code_BLC for the tokenizer's decoder; not finite where the student's logits are not numbers.
@@ -188,6 +199,8 @@ def sample(
     else:
         choose = by_flow(order, code_BLC, codebook_VC, sampling, flow)
 
+    uniform_BL = passes.uniform(key_B, order.length, STUDENT_STREAM) if student_temperature > 0 else None
+
     def teach(first: int, end: int) -> Tensor:
         known_BLC, prefix_BL = code_BLC[:, : order.tokens_before(first)], None
         if first:
@@ -201,7 +214,7 @@ def sample(
 
     def predict(first: int, end: int) -> Tensor:
         x_BLC = code_BLC[:, : order.tokens_before(end)]
-        return passes.jump(student, x_BLC, condition, first, codebook_VC, split_block)
+        return passes.jump(student, x_BLC, condition, first, codebook_VC, split_block, student_temperature, uniform_BL)
 
     for (name, first), (_, end) in pairwise([*_steps(plan), ("", order.num_blocks)]):
         predicted_BLC = teach(first, end) if name == "teacher" else predict(first, end)

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.condition import Condition
+from distilled_decoding.teacher import draw
+
+STUDENT_STREAM = 10
+"""The stream of an image's key that its student's draws come from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +58,40 @@ class Student(Protocol):
         ...
 
 
-def final_sequence(output: StudentOutput, codebook_VC: Tensor, split: int) -> Tensor:
-    """The sequence to decode, code_BLC (Eq. 8): most likely codes of the first `split` tokens, predicted ones behind.
+def draw_tokens(logits_BLV: Tensor, temperature: float, uniform_BL: Tensor) -> Tensor:
+    """Tokens [B, L] drawn from a student's logits.
+
+    Args:
+        logits_BLV: of a sequence or of its leading tokens.
+        temperature: divides them, positive.
+        uniform_BL: numbers in (0, 1) for as many tokens or more.
+    """
+    return draw((logits_BLV / temperature).log_softmax(-1), uniform_BL[:, : logits_BLV.shape[1]])
+
+
+def final_sequence(
+    output: StudentOutput,
+    codebook_VC: Tensor,
+    split: int,
+    temperature: float = 0.0,
+    uniform_BL: Tensor | None = None,
+) -> Tensor:
+    """The sequence to decode, code_BLC (Eq. 8): the first `split` tokens from the logits, predicted codes behind.
 
     Logits that are not a number give a code that is none, so that nobody takes it for an image.
+
+    Args:
+        output: the student's predictions.
+        codebook_VC: the codes.
+        split: tokens that come from the logits.
+        temperature: of the draw from the logits; 0 takes the most likely.
+        uniform_BL: numbers in (0, 1), one a token, for the draw; None without one.
     """
-    best_BL, token_BL = output.logits_BLV[:, :split].max(-1)
+    logits_BLV = output.logits_BLV[:, :split]
+    best_BL, token_BL = logits_BLV.max(-1)
+    if temperature > 0:
+        assert uniform_BL is not None
+        token_BL = draw_tokens(logits_BLV, temperature, uniform_BL)
     chosen_BLC = codebook_VC[token_BL].masked_fill(best_BL.isnan()[..., None], math.nan)
     if split == output.code_BLC.shape[1]:
         return chosen_BLC  # a compiled student then spares its code head

@@ -1,18 +1,21 @@
 """The `distill` command as functions: it claims its folder, trains, tells of it, and writes the whole pipeline."""
 
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from distilled_decoding import processes, trajectories, zoo
 from distilled_decoding.commands import trajectory_count, trajectory_table
 from distilled_decoding.condition import ConditionTable
 from distilled_decoding.cost import distillation_cost, flops_per_second
-from distilled_decoding.distill import DistillSettings, Update, distill
-from distilled_decoding.flow import FlowSettings
+from distilled_decoding.distill import DistillSettings, Method, Update, distill
+from distilled_decoding.distill_tokens import Tokens
+from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.losses import ImageDistance
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
 from distilled_decoding.parallel import RunSettings
@@ -20,10 +23,12 @@ from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.progress import Bar, progress_bar, stop_signal
 from distilled_decoding.records import claim
 from distilled_decoding.store import TrajectoryStore
-from distilled_decoding.teacher import TeacherSampling
 from distilled_decoding.training_log import TrainingLog
 from distilled_decoding.training_state import Checkpoints
 from distilled_decoding.watch import Watch
+
+Start = Literal["teacher", "student"]
+"""What a new student begins as: what its family makes of the teacher, or the student that the model has."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Upkeep:
 def distill_student(
     model: str,
     pipeline: Pipeline,
-    store: TrajectoryStore,
+    store: TrajectoryStore | None,
     out: Path,
     settings: DistillSettings,
     split_block: int | None = None,
@@ -65,16 +70,17 @@ def distill_student(
     upkeep: Upkeep = Upkeep(),  # noqa: B008 - frozen
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
     prompts: Path | None = None,
+    start: Start = "teacher",
 ) -> Pipeline:
-    """Train a student on a model's trajectories and write the whole pipeline to `out`.
+    """Train a student of a model and write the whole pipeline to `out`.
 
     The state of the training lies in `out/checkpoints`, its log in `out/log.jsonl`. Under torchrun every process calls
     this alike.
 
     Args:
         model: name for the record.
-        pipeline: the teacher; a student it may have is not used.
-        store: trajectories of this very teacher.
+        pipeline: the teacher, and the student to start from.
+        store: trajectories of this very teacher; None where the method needs none.
         out: folder of the new pipeline.
         settings: of the training; no starting blocks means those of the model.
         split_block: of the new pipeline; None means the model's.
@@ -82,60 +88,55 @@ def distill_student(
         title: what the progress bar says.
         upkeep: what is written while it trains.
         run: how the work is laid out.
-        prompts: see `trajectory_table`.
+        prompts: see `trajectory_table`; without trajectories, what `Pipeline.table` takes.
+        start: what the student begins as.
 
     Raises:
-        ValueError: trajectories of another teacher or of other prompts, settings that do not fit, a folder that holds
-            another run or that another process writes, no valid checkpoint.
+        ValueError: no trajectories where they are needed, or those of another teacher or of other prompts, settings
+            that do not fit, a model without a student to start from, a folder that holds another run or that another
+            process writes, no valid checkpoint.
         FloatingPointError: the training diverged.
         Stopped: the user asked to stop; the same call goes on.
     """
-    config = pipeline.config
-    origin = trajectories.origin(pipeline.teacher, pipeline.fingerprint, config.sampling, config.flow)
-    store.refuse_other(origin, f"make trajectories of {model} in another folder")
-    table = trajectory_table(pipeline, store, prompts)
     settings, split_block = _resolved(pipeline, settings, split_block, perceptual)
-    distance = image_distance(perceptual, str(pipeline.device))
-    determined = {
+    table = _table(model, pipeline, store, prompts)
+    pipeline = _learnt_from(pipeline, store, settings, split_block)
+    method = _method(pipeline, store, table, image_distance(perceptual, str(pipeline.device)))
+    new = _new_student(pipeline, start)
+    determined: dict[str, Any] = {
         "teacher": pipeline.fingerprint,
-        "trajectories": store.identity,
         "settings": asdict(settings),
         "split_block": split_block,
         "perceptual": perceptual,
     }
-    notes = {"model": model, "trajectories": str(store.folder), "num_trajectories": len(store)}
+    notes: dict[str, Any] = {"model": model}
+    if store is None:
+        determined |= {"asked": table.identity, "sampling": asdict(pipeline.config.sampling)}
+    else:
+        determined |= {"trajectories": store.identity}
+        notes |= {"trajectories": str(store.folder), "num_trajectories": len(store)}
+    if start == "student":
+        determined |= {"student": pipeline.student_fingerprint}
     checkpoints = Checkpoints(out / "checkpoints", determined, upkeep.save_every, upkeep.keep_last)
-    new = pipeline.new_student(settings.seed % 2**63)  # as far as torch's generators go
     with ExitStack() as stack:
         stack.enter_context(processes.group(str(pipeline.device)))
-        processes.first_acts(store.check)
         processes.first_acts(table.check)
+        if store is not None:
+            processes.first_acts(store.check)
         processes.first_acts(lambda: claim(out, "distill", determined, {**notes, "device": str(pipeline.device)}))
         processes.first_acts(lambda: stack.enter_context(processes.only_writer(checkpoints.folder)))
         stop = stack.enter_context(stop_signal())
         bar = stack.enter_context(progress_bar(title, settings.num_updates))
-        report = _Report(pipeline, table, out, settings, split_block, upkeep, bar, title)
+        report = _Report(pipeline, table, out, upkeep, bar, title)
 
         def on_update(update: Update) -> bool:
             report.write(update)
             return not stop.requested
 
-        student = distill(
-            pipeline.teacher,
-            new,
-            store,
-            table,
-            settings,
-            split_block,
-            checkpoints,
-            on_update,
-            distance,
-            run,
-            upkeep.resume,
-        )
+        student = distill(method, new, checkpoints, on_update, run, upkeep.resume)
         if student is None:
             raise stop.stopped()
-        trained = _with_student(pipeline, store, student, settings, split_block)
+        trained = pipeline.with_student(student, settings.start_blocks, split_block)
         processes.first_acts(lambda: trained.save_pretrained(out))
     return trained
 
@@ -145,7 +146,14 @@ def _resolved(
 ) -> tuple[DistillSettings, int]:
     """The settings and the split of a training, where not given those of the model, checked against its blocks."""
     settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
-    split_block = pipeline.config.split_block if split_block is None else split_block
+    num_blocks = pipeline.teacher.order.num_blocks
+    default = num_blocks if settings.method == "tokens" else pipeline.config.split_block
+    split_block = default if split_block is None else split_block
+    if settings.method == "tokens" and split_block != num_blocks:
+        raise ValueError(
+            f"--method tokens trains the logits of all {num_blocks} blocks, and leaves --split-block {split_block} no "
+            "code head to take the others from; leave it out"
+        )
     settings.check(pipeline.teacher.order, split_block)
     weight = settings.loss.perceptual_weight
     if (perceptual == "none") != (weight == 0):
@@ -155,25 +163,60 @@ def _resolved(
     return settings, split_block
 
 
+def _table(model: str, pipeline: Pipeline, store: TrajectoryStore | None, prompts: Path | None) -> ConditionTable:
+    """What the student is asked for; trajectories must be of this very model."""
+    if store is None:
+        return pipeline.table(prompts)
+    config = pipeline.config
+    origin = trajectories.origin(pipeline.teacher, pipeline.fingerprint, config.sampling, config.flow)
+    store.refuse_other(origin, f"make trajectories of {model} in another folder")
+    return trajectory_table(pipeline, store, prompts)
+
+
+def _learnt_from(
+    pipeline: Pipeline, store: TrajectoryStore | None, settings: DistillSettings, split_block: int
+) -> Pipeline:
+    """The teacher with the settings of the new pipeline: it samples from what the student sees."""
+    num = {} if store is None else {"num_trajectories": len(store)}
+    temperature = settings.tokens.draw_temperature if settings.method == "tokens" else 0.0
+    return pipeline.with_settings(
+        start_blocks=settings.start_blocks,
+        split_block=split_block,
+        student_temperature=temperature,
+        training=settings,
+        **num,
+    )
+
+
+def _method(
+    pipeline: Pipeline, store: TrajectoryStore | None, table: ConditionTable, distance: ImageDistance | None
+) -> Method:
+    """What the settings of a pipeline say that its student learns from."""
+    config = pipeline.config
+    if config.training.method == "tokens":
+        return Tokens(pipeline.teacher, pipeline.new_tracker, table, config.sampling, config.training, store, distance)
+    if store is None:
+        raise ValueError("--method trajectories needs trajectories: make some, and give --trajectories FOLDER")
+    return Trajectories(pipeline.teacher, store, table, config.training, config.split_block, distance)
+
+
+def _new_student(pipeline: Pipeline, start: Start) -> nn.Module:
+    """The student before its training."""
+    if start == "teacher":
+        return pipeline.new_student(pipeline.config.training.seed % 2**63)  # as far as torch's generators go
+    if pipeline.student is None:
+        raise ValueError("--start student needs a model that has one; leave it out to start from the teacher")
+    return deepcopy(pipeline.student).requires_grad_(True)
+
+
 class _Report:
     """What the user sees of a training: the bar, the log and the pictures, all made by the first process."""
 
     def __init__(
-        self,
-        pipeline: Pipeline,
-        table: ConditionTable,
-        out: Path,
-        settings: DistillSettings,
-        split_block: int,
-        upkeep: Upkeep,
-        bar: Bar,
-        title: str,
+        self, pipeline: Pipeline, table: ConditionTable, out: Path, upkeep: Upkeep, bar: Bar, title: str
     ) -> None:
         self._log = TrainingLog(out, upkeep.tensorboard) if processes.is_first() else None
-        self._watch: Watch | None = None
-        if upkeep.watch_every:
-            start = pipeline.with_settings(start_blocks=settings.start_blocks, split_block=split_block)
-            self._watch = Watch(start, table, out / "watch")
+        self._watch = Watch(pipeline, table, out / "watch") if upkeep.watch_every else None
         self._watch_every = upkeep.watch_every
         self._bar = bar
         self._title = title
@@ -194,20 +237,7 @@ class _Report:
         if self._log is not None:
             self._log.write(update.number, {"learning_rate": update.learning_rate, **losses, **beside})
         skipped = f", {update.skipped} skipped" if update.skipped else ""
-        self._bar.say(f"{self._title}, loss {losses['total']:.3f}, argmax right {losses['accuracy']:.1%}{skipped}")
-
-
-def _with_student(
-    pipeline: Pipeline, store: TrajectoryStore, student: Any, settings: DistillSettings, split_block: int
-) -> Pipeline:
-    """The new pipeline: its teacher samples from what the student has seen."""
-    seen = pipeline.with_settings(
-        sampling=TeacherSampling(**store.manifest["sampling"]),
-        flow=FlowSettings(**store.manifest["flow"]),
-        num_trajectories=len(store),
-        training=settings,
-    )
-    return seen.with_student(student, settings.start_blocks, split_block)
+        self._bar.say(f"{self._title}, {update.losses}{skipped}")
 
 
 def plan_distillation(
@@ -223,7 +253,7 @@ def plan_distillation(
 
     Args:
         pipeline: the model, with or without weights.
-        num: trajectories; None means as many as the model's settings say.
+        num: trajectories; None means as many as the model's settings say, and none where the method needs none.
         settings: as `distill_student` takes them, like the next two.
         split_block: of the new pipeline.
         perceptual: name of the distance of decoded images.
@@ -233,11 +263,14 @@ def plan_distillation(
     Raises:
         ValueError: settings that do not fit the model.
     """
-    num = trajectory_count(pipeline, num)
+    tokens = settings.method == "tokens"
+    num = 0 if tokens and num is None else trajectory_count(pipeline, num)
     settings, _ = _resolved(pipeline, settings, split_block, perceptual)
     student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
     speed = flops_per_second(torch.device(device), settings.bf16)
-    cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run)
+    tracker = pipeline.new_tracker() if tokens else None
+    sampling = pipeline.config.sampling
+    cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run, tracker, sampling)
     what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}
     return {**what, "device": device, **cost.readable()}
 

@@ -1,0 +1,314 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.codebook import lookup
+from distilled_decoding.condition import Classes, Condition
+from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill
+from distilled_decoding.distill_tokens import ALL, Tokens, Tracker
+from distilled_decoding.distill_trajectories import batch_loss
+from distilled_decoding.losses import LossWeights, TokenLosses, TokenSettings, log_ratio, token_loss
+from distilled_decoding.sampling import Plan
+from distilled_decoding.student import StudentOutput
+from distilled_decoding.teacher import Guidance, TeacherSampling
+from distilled_decoding.training_state import Checkpoints
+from tests import tiny
+
+SETTINGS = DistillSettings(
+    method="tokens", num_updates=6, batch_size=4, warmup=2, start_blocks=(0, 2), bf16=False, ema_rate=0.9
+)
+TOY = DistillSettings(
+    method="tokens",
+    batch_size=512,
+    start_blocks=(0,),
+    bf16=False,
+    tokens=TokenSettings(ratio_clamp=50.0, tracker_updates=1),
+)
+
+
+class Pairs(nn.Module):
+    """A teacher of two tokens out of three: any joint distribution [V, V]."""
+
+    order, codebook, num_classes = BlockOrder.raster(2), torch.tensor([[-1.0], [0.0], [1.0]]), 1
+
+    def __init__(self, joint_VV: Tensor) -> None:
+        super().__init__()
+        self.first_V = nn.Parameter(joint_VV.sum(1).log())
+        self.second_VV = nn.Parameter((joint_VV / joint_VV.sum(1, keepdim=True)).log())
+
+    def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
+        return torch.stack([self.first_V.expand(len(token_BL), -1), self.second_VV[token_BL[:, 0]]], 1)
+
+
+class Faces(nn.Module):
+    """A student that sees of its noise nothing but a sign; what it says of the two tokens is free [2, L, V]."""
+
+    order = Pairs.order
+
+    def __init__(self, logits_ZLV: Tensor) -> None:
+        super().__init__()
+        self.logits_ZLV = nn.Parameter(logits_ZLV.clone())
+
+    def forward(self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor) -> StudentOutput:
+        return StudentOutput(self.logits_ZLV[(code_BLC[:, 0, 0] > 0).long()], torch.zeros(len(code_BLC), 2, 1))
+
+
+def random_logits(faces: int, seed: int = 0) -> Tensor:
+    return 1.5 * torch.randn(faces, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def joint_of(logits_ZLV: Tensor) -> Tensor:
+    """How likely each pair of tokens is when all kinds of noise are alike, [V, V]."""
+    pi_ZLV = logits_ZLV.softmax(-1)
+    return torch.einsum("za,zb->ab", pi_ZLV[:, 0], pi_ZLV[:, 1]) / len(logits_ZLV)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum()
+
+
+def gradient_of_the_formula(logits_ZLV: Tensor, target_VV: Tensor) -> Tensor:
+    """Eq. 11 with an exact tracker, summed over every noise and every first token with its probability."""
+    logits_ZLV = logits_ZLV.clone().requires_grad_()
+    face_B, first_B = torch.cartesian_prod(torch.arange(len(logits_ZLV)), torch.arange(3)).T
+    token_BL = torch.stack([first_B, torch.zeros_like(first_B)], 1)
+    log_pi_BLV = logits_ZLV.log_softmax(-1)[face_B]
+    chance_B = log_pi_BLV[torch.arange(len(face_B)), 0, first_B].exp().detach() / len(logits_ZLV)
+    log_psi_BLV, log_p_BLV = (
+        Pairs(joint.detach()).forced_logits(token_BL, None, None) for joint in (joint_of(logits_ZLV), target_VV)
+    )
+    weight_BL = chance_B[:, None].expand(-1, 2)
+    losses = token_loss(log_pi_BLV, log_psi_BLV, log_p_BLV, token_BL, weight_BL, TokenSettings(ratio_clamp=100))
+    return torch.autograd.grad(losses.total, logits_ZLV)[0]
+
+
+def held_gradient(logits_ZLV: Tensor, target_VV: Tensor) -> Tensor:
+    """Of the divergences of both conditionals (Eq. 13), by enumeration: prefix and noise's posterior are constants."""
+    logits_ZLV = logits_ZLV.clone().requires_grad_()
+    pi_ZLV = logits_ZLV.softmax(-1)
+    held_ZV = pi_ZLV[:, 0].detach()
+    posterior_ZA = held_ZV / held_ZV.sum(0)
+    loss = divergence(pi_ZLV[:, 0].mean(0), target_VV.sum(1))
+    for first in range(3):
+        second_V = (posterior_ZA[:, first, None] * pi_ZLV[:, 1]).sum(0)
+        loss = loss + held_ZV.mean(0)[first] * divergence(second_V, target_VV[first] / target_VV[first].sum())
+    return torch.autograd.grad(loss, logits_ZLV)[0]
+
+
+def joint_gradient(logits_ZLV: Tensor, target_VV: Tensor) -> Tensor:
+    logits_ZLV = logits_ZLV.clone().requires_grad_()
+    return torch.autograd.grad(divergence(joint_of(logits_ZLV), target_VV), logits_ZLV)[0]
+
+
+def downstream_gradient(logits_ZLV: Tensor, target_VV: Tensor) -> Tensor:
+    """Of the first token alone, by the log-ratio of the second that it leads to."""
+    logits_ZLV = logits_ZLV.clone().requires_grad_()
+    pi_ZLV, joint_VV = logits_ZLV.softmax(-1), joint_of(logits_ZLV).detach()
+    ratio_VV = (joint_VV / joint_VV.sum(1, keepdim=True)).log() - (target_VV / target_VV.sum(1, keepdim=True)).log()
+    loss = torch.einsum("za,zb,ab->", pi_ZLV[:, 0], pi_ZLV[:, 1].detach(), ratio_VV) / len(logits_ZLV)
+    return torch.autograd.grad(loss, logits_ZLV)[0]
+
+
+def test_the_gradient_is_that_of_the_conditionals_and_lacks_what_lies_downstream() -> None:
+    """Brute force over five kinds of noise, two positions and three codes."""
+    logits_ZLV, target_VV = random_logits(5).double(), joint_of(random_logits(4, seed=1)).double()
+    own = gradient_of_the_formula(logits_ZLV, target_VV)
+    torch.testing.assert_close(own, held_gradient(logits_ZLV, target_VV))
+    joint = joint_gradient(logits_ZLV, target_VV)
+    torch.testing.assert_close(joint, own + downstream_gradient(logits_ZLV, target_VV))
+    torch.testing.assert_close(joint[:, 1], own[:, 1])
+    assert float((joint - own).norm() / joint.norm()) == pytest.approx(0.51, rel=0.02)
+
+
+def toy(target_VV: Tensor, settings: DistillSettings = TOY) -> Tokens:
+    teacher = Pairs(target_VV).requires_grad_(False)
+    return Tokens(teacher, lambda: Pairs(torch.full((3, 3), 1 / 9)), Classes(1), TeacherSampling(), settings)
+
+
+def drawn_gradient(student: Faces, target_VV: Tensor, num: int) -> Tensor:
+    """What a student's step finds with an exact tracker."""
+    method = toy(target_VV, replace(TOY, batch_size=num))
+    *_, (name, losses_of) = method.steps(0)
+    exact = Tracker(Pairs(joint_of(student.logits_ZLV).detach()))
+    losses_of({STUDENT: student, "tracker-0": exact}, ALL).total.backward()
+    assert name == STUDENT and student.logits_ZLV.grad is not None
+    return student.logits_ZLV.grad
+
+
+def test_on_average_a_step_follows_the_formula() -> None:
+    student, target_VV = Faces(random_logits(2)), joint_of(random_logits(4, seed=1))
+    expected = gradient_of_the_formula(student.logits_ZLV.detach(), target_VV) / 2  # the loss is a mean over positions
+    torch.testing.assert_close(drawn_gradient(student, target_VV, 40_000), expected, atol=0.01, rtol=0)
+
+
+def test_at_the_optimum_the_gradient_vanishes() -> None:
+    student = Faces(random_logits(2))
+    assert drawn_gradient(student, joint_of(student.logits_ZLV).detach(), 1000).abs().max() < 1e-6
+
+
+def test_a_tracker_recovers_the_conditionals_of_known_samples() -> None:
+    student = Faces(random_logits(2))
+    method = toy(joint_of(random_logits(4, seed=1)))
+    tracker = method.networks["tracker-0"][0]
+    optimizer = torch.optim.Adam(tracker.parameters(), lr=0.1)
+    for update in range(60):
+        name, losses_of = next(method.steps(update))
+        assert name == "tracker-0"
+        optimizer.zero_grad()
+        losses_of({STUDENT: student, name: tracker}, ALL).total.backward()
+        optimizer.step()
+    assert student.logits_ZLV.grad is None
+    first_V, second_VV = (table.detach().softmax(-1) for table in tracker.parameters())
+    known_VV = joint_of(student.logits_ZLV).detach()
+    torch.testing.assert_close(first_V, known_VV.sum(1), atol=0.03, rtol=0)
+    torch.testing.assert_close(second_VV, known_VV / known_VV.sum(1, keepdim=True), atol=0.1, rtol=0)
+
+
+def followed(gradient: Callable[[Tensor, Tensor], Tensor], seed: int, target_VV: Tensor) -> Tensor:
+    """Where a gradient leads in 400 steps: the logits."""
+    logits_ZLV = random_logits(5, seed).requires_grad_()
+    optimizer = torch.optim.Adam([logits_ZLV], lr=0.05)
+    for _ in range(400):
+        logits_ZLV.grad = gradient(logits_ZLV.detach(), target_VV)
+        optimizer.step()
+    return logits_ZLV.detach()
+
+
+def test_the_formula_leads_to_the_teachers_joint_distribution_from_some_starts() -> None:
+    """From others it comes to rest beside it, where the gradient of the joint divergence would go on."""
+    reached, missed = joint_of(random_logits(4, seed=3)), joint_of(random_logits(4, seed=1))
+    torch.testing.assert_close(joint_of(followed(gradient_of_the_formula, 2, reached)), reached, atol=1e-4, rtol=0)
+    torch.testing.assert_close(joint_of(followed(joint_gradient, 0, missed)), missed, atol=1e-4, rtol=0)
+    resting = followed(gradient_of_the_formula, 0, missed)
+    assert 0.005 < (joint_of(resting) - missed).abs().max() < 0.02
+    assert joint_gradient(resting, missed).norm() > 10 * gradient_of_the_formula(resting, missed).norm()
+
+
+def test_what_the_teacher_never_samples_has_the_largest_ratio() -> None:
+    log_psi, log_p = torch.tensor([-1.0, -9.0, -2.0]), torch.tensor([-torch.inf, -1.0, -1.5])
+    assert log_ratio(log_psi, log_p, 3.0).tolist() == [3.0, -3.0, -0.5]
+
+
+def method_of(pipe, settings: DistillSettings = SETTINGS, trajectories=None) -> Tokens:
+    table = tiny.table(pipe.teacher)
+    return Tokens(pipe.teacher, pipe.new_tracker, table, tiny.SAMPLING, settings, trajectories)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var", "text"])
+def test_a_student_trains_on_what_it_samples(family: str) -> None:
+    """In one step and in two: the same tokens from the same keys."""
+    pipe = tiny.pipeline(family=family).with_settings(student_temperature=0.7)
+    settings = replace(SETTINGS, tokens=TokenSettings(draw_temperature=0.7))
+    method = method_of(pipe, settings)
+    for known_blocks, schedule in ((0, (0,)), (2, (0, 2))):
+        pipe = pipe.with_settings(start_blocks=(0, 2))
+        begun = method.batch(3)
+        drawn = method.drawn(begun, known_blocks, pipe.student)
+        codes_BLC = pipe.codes(Plan(schedule), drawn.condition, begun.key_N)
+        assert torch.equal(codes_BLC, lookup(drawn.token_BL, pipe.teacher.codebook))
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_a_tracker_is_a_copy_of_the_teacher_without_its_tokenizer(family: str) -> None:
+    pipe = tiny.pipeline(family=family)
+    method = method_of(pipe)
+    assert list(method.networks) == ["tracker-0", "tracker-2"]
+    tracker, _ = method.networks["tracker-2"]
+    drawn = method.drawn(method.batch(0), 0, pipe.student)
+    log_psi_BLV = tracker(drawn.token_BL, drawn.condition)
+    expected = pipe.teacher.forced_logits(drawn.token_BL, drawn.condition, Guidance()).log_softmax(-1)
+    torch.testing.assert_close(log_psi_BLV, expected)
+    log_psi_BLV.square().sum().backward()
+    assert all((p.grad is None) == name.startswith("teacher.tokenizer.") for name, p in tracker.named_parameters())
+    assert not any(p.requires_grad for p in pipe.teacher.parameters())
+
+
+@pytest.mark.parametrize("known_blocks", [0, 2])
+def test_with_trajectories_noise_and_known_blocks_are_theirs_and_their_loss_is_mixed_in(
+    tmp_path: Path, known_blocks: int
+) -> None:
+    pipe = tiny.pipeline()
+    shard = tiny.shard(tmp_path, pipe, 8)
+    settings = replace(SETTINGS, loss=LossWeights(1.0, 0.5))
+    mixed = replace(settings, tokens=TokenSettings(trajectory_weight=0.25))
+    batch = method_of(pipe, mixed, shard).batch(2)
+    drawn = method_of(pipe, mixed, shard).drawn(batch, known_blocks, pipe.student)
+    assert torch.equal(drawn.token_BL[:, :known_blocks], batch.token_NL[:, :known_blocks])
+    assert set(batch.key_N.tolist()) <= set(shard.key_N.tolist())
+
+    def losses(chosen: DistillSettings) -> TokenLosses:
+        method = method_of(pipe, chosen, shard)
+        networks = {name: network for name, (network, _) in method.networks.items()}
+        return method.student_losses(batch, known_blocks, {STUDENT: pipe.student, **networks})
+
+    alone, both = losses(settings), losses(mixed)
+    known_blocks_B = torch.full((4,), known_blocks)
+    condition = tiny.CLASSES[batch.label_N]
+    expected = batch_loss(pipe.teacher, pipe.student, batch, condition, known_blocks_B, settings, 16).total
+    torch.testing.assert_close(both.trajectories, expected)
+    torch.testing.assert_close(both.total, alone.total + 0.25 * expected)
+
+
+def test_the_losses_of_parts_of_a_batch_add_up() -> None:
+    pipe = tiny.pipeline()
+    method = method_of(pipe, replace(SETTINGS, start_blocks=(0,), block_weights=tuple(range(16))))
+    networks = {name: network for name, (network, _) in method.networks.items()}
+    for _, losses_of in method.steps(1):
+        found = [
+            torch.stack(
+                [value.detach() for value in vars(losses_of({STUDENT: pipe.student, **networks}, part)).values()]
+            )
+            for part in (slice(0, 1), slice(1, 4), ALL)
+        ]
+        torch.testing.assert_close(found[0] + found[1], found[2])
+
+
+def run(folder: Path, stop_after: int | None = None):
+    pipe = tiny.pipeline()
+    losses: list[float] = []
+
+    def on_update(update: Update) -> bool:
+        losses.append(float(update.losses.total))
+        return update.number != stop_after
+
+    return distill(method_of(pipe), pipe.new_student(0), Checkpoints(folder), on_update), losses
+
+
+def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
+    """Trackers and their optimizers included."""
+    whole, losses = run(tmp_path / "whole")
+    stopped, first = run(tmp_path / "parts", stop_after=3)
+    assert stopped is None
+    resumed, second = run(tmp_path / "parts")
+    assert first + second == losses and tiny.same_weights(whole, resumed)
+    names = ("whole", "parts")
+    one, other = ((tmp_path / name / "update-000006" / "state.safetensors").read_bytes() for name in names)
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draw_temperature": 0.0}, "draw_temperature must be positive, got 0"),
+        ({"tracker_updates": 0}, "tracker_updates must be positive, got 0"),
+        ({"ratio_clamp": -1.0}, "ratio_clamp must be positive, got -1"),
+        ({"entropy_weight": torch.inf}, "entropy_weight must be finite, got inf"),
+        ({"trajectory_weight": -1.0}, "trajectory_weight must not be negative, got -1"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenSettings(**change)
+
+
+def test_what_needs_trajectories_says_so() -> None:
+    mixed = replace(SETTINGS, tokens=TokenSettings(trajectory_weight=1.0))
+    with pytest.raises(ValueError, match="trajectory weight of 1.0 needs trajectories"):
+        method_of(tiny.pipeline(), mixed)
+    with pytest.raises(ValueError, match="unknown method 'token'; choose one of trajectories, tokens"):
+        replace(SETTINGS, method="token")
