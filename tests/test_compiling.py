@@ -65,6 +65,7 @@ def test_every_plan_runs_in_16_bits(family: str, dtype: torch.dtype) -> None:
         assert code_BLC.dtype == torch.float32 and code_BLC.isfinite().all()
 
 
+@pytest.mark.slow
 def test_another_student_is_not_run_in_the_graph_of_the_first() -> None:
     plain = tiny.pipeline()
     other = plain.new_student(1)
