@@ -21,7 +21,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_module, "_TURN", 0.0)
 
 
-@pytest.mark.parametrize("family", ["llamagen", "var"])
+@pytest.mark.parametrize("family", ["llamagen", pytest.param("var", marks=pytest.mark.slow)])
 def test_every_way_is_measured_at_every_batch(family: str, tmp_path: Path) -> None:
     model = tiny.pipeline(family=family)
     if family == "var":
@@ -77,6 +77,7 @@ def test_ratios_are_of_medians() -> None:
     assert (row["best_batch"], row["images_per_second"]) == (8, 2.0)
 
 
+@pytest.mark.slow
 def test_a_way_that_is_too_slow_or_too_large_is_left_out_of_larger_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

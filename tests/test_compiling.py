@@ -10,7 +10,8 @@ CONDITION, KEY_B = tiny.labels(2), image_keys("sampling", 0, range(2))
 PLANS = [Plan((0,)), Plan((0, 8)), Plan((), ancestral=True), Plan(())]
 
 
-@pytest.mark.parametrize("family", ["llamagen", *(pytest.param(f, marks=pytest.mark.slow) for f in ("var", "text"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llamagen", "var", "text"])
 def test_compiled_images_are_those_of_the_plain_code(family: str) -> None:
     plain = tiny.pipeline(family=family)
     plans = [Plan((0,)), Plan((0, 2)), *PLANS[2:]] if family == "var" else PLANS
