@@ -16,7 +16,7 @@ from distilled_decoding.codebook import lookup
 from distilled_decoding.families import family
 from recipes.emoji.data import STYLES, load, moved, normalise
 from recipes.fashion_mnist.data import batch
-from recipes.fashion_mnist.train_tokenizer import discriminator
+from recipes.fashion_mnist.train_tokenizer import discriminator, fooling_loss, train_critic
 from recipes.training import cosine, run, start
 
 
@@ -59,19 +59,14 @@ def main(settings: Settings) -> None:
         x = moved(normalise(image_N3HW[index]), index % 4, settings.seed * 1_000_003 + step)
         x = x.contiguous(memory_format=torch.channels_last)
         y = tokenizer.decode(lookup(tokenizer.encode(x), tokenizer.codebook_VC.detach()))
-        pixels, fooled = F.l1_loss(y, x) + F.mse_loss(y, x), -critic(y).mean()
+        pixels = F.l1_loss(y, x) + F.mse_loss(y, x)
         last = tokenizer.decoder.conv_out.weight
-        ratio = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (pixels, fooled)]
-        loss = pixels + settings.adversarial_weight * (ratio[0] / (ratio[1] + 1e-6)).clamp(max=1e3) * fooled
+        loss = pixels + settings.adversarial_weight * fooling_loss(pixels, critic, y, last)
         optimizers["decoder_optimizer"].zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(decoding.parameters(), 1.0)
         optimizers["decoder_optimizer"].step()
-        hinge = F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()
-        optimizers["critic_optimizer"].zero_grad()
-        hinge.backward()
-        optimizers["critic_optimizer"].step()
-        return {"pixels": pixels.item(), "critic": hinge.item()}
+        return {"pixels": pixels.item(), "critic": train_critic(critic, optimizers["critic_optimizer"], x, y)}
 
     modules = {"tokenizer": tokenizer, "critic": critic}
     seconds = run("decoder", settings.out, settings.num_steps, modules, optimizers, update)

@@ -16,7 +16,7 @@ from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from recipes.emoji.data import STYLES, load, moved, normalise
 from recipes.fashion_mnist.data import batch
-from recipes.fashion_mnist.train_tokenizer import discriminator, quantise_grid, revive
+from recipes.fashion_mnist.train_tokenizer import discriminator, fooling_loss, quantise_grid, revive, train_critic
 from recipes.training import cosine, run, start
 
 
@@ -65,20 +65,14 @@ def main(settings: Settings) -> None:
         loss = pixels
         adversarial = step >= settings.num_steps // 2
         if adversarial:
-            fooled = -critic(y).mean()
             last = tokenizer.decoder.conv_out.weight
-            ratio = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, fooled)]
-            loss = loss + settings.adversarial_weight * (ratio[0] / (ratio[1] + 1e-6)).clamp(max=1e3) * fooled
+            loss = loss + settings.adversarial_weight * fooling_loss(loss, critic, y, last)
         optimizers["tokenizer_optimizer"].zero_grad()
         (loss + found.loss).backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizers["tokenizer_optimizer"].step()
         if adversarial:
-            hinge = F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()
-            optimizers["critic_optimizer"].zero_grad()
-            hinge.backward()
-            optimizers["critic_optimizer"].step()
-            losses["critic"] = hinge.item()
+            losses["critic"] = train_critic(critic, optimizers["critic_optimizer"], x, y)
         if step % 25 == 0 and step < settings.num_steps // 2:
             revive(tokenizer, found, step)
         return losses | {"codes_in_batch": len(found.token_N.unique())}

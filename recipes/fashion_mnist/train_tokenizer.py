@@ -66,6 +66,22 @@ def new_tokenizer(family: str) -> VQTokenizer | MultiScaleTokenizer:
     return MultiScaleTokenizer(ScalesConfig(1, 32, (1, 1, 2), 1, 8, codebook_size=512, patch_nums=patch_nums))
 
 
+def fooling_loss(loss: Tensor, critic: nn.Module, made_BCHW: Tensor, last: Tensor) -> Tensor:
+    """How little the critic is fooled, scaled so that its gradient at the last layer is as large as that of `loss`."""
+    fooled = -critic(made_BCHW).mean()
+    ratio = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, fooled)]
+    return (ratio[0] / (ratio[1] + 1e-6)).clamp(max=1e3) * fooled
+
+
+def train_critic(critic: nn.Module, optimizer: torch.optim.Optimizer, real_BCHW: Tensor, made_BCHW: Tensor) -> float:
+    """One update of the critic; its hinge loss."""
+    hinge = F.relu(1 - critic(real_BCHW)).mean() + F.relu(1 + critic(made_BCHW.detach())).mean()
+    optimizer.zero_grad()
+    hinge.backward()
+    optimizer.step()
+    return hinge.item()
+
+
 @dataclass(frozen=True)
 class Quantised:
     """Features as the decoder reads them, gradients straight through, and what became of the codebook.
@@ -161,20 +177,14 @@ def main(settings: Settings) -> None:
         losses = {"pixels": pixels.item(), "perceptual": distance.item(), "codebook": found.loss.item()}
         adversarial = step >= settings.num_steps // 2
         if adversarial:
-            fooled = -critic(y).mean()
             last = tokenizer.decoder.conv_out.weight
-            ratio = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, fooled)]
-            loss = loss + settings.adversarial_weight * (ratio[0] / (ratio[1] + 1e-6)).clamp(max=1e3) * fooled
+            loss = loss + settings.adversarial_weight * fooling_loss(loss, critic, y, last)
         optimizers["tokenizer_optimizer"].zero_grad()
         (loss + found.loss).backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
         optimizers["tokenizer_optimizer"].step()
         if adversarial:
-            hinge = F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()
-            optimizers["critic_optimizer"].zero_grad()
-            hinge.backward()
-            optimizers["critic_optimizer"].step()
-            losses["critic"] = hinge.item()
+            losses["critic"] = train_critic(critic, optimizers["critic_optimizer"], x, y)
         if step % 50 == 0 and step < settings.num_steps // 2:
             revive(tokenizer, found, step)
         return losses | {"codes_in_batch": len(found.token_N.unique())}
