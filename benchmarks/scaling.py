@@ -87,14 +87,14 @@ def main(model: str = "fashion-llamagen", batch_size: int = 64) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make = ("trajectories", model, "--micro-batch", 64, "--shard-size", 128)
-        rates = [rate(n, 256, 1280, *make, count="--num", folder=folder) for n in (1, 2)]
+        rates = [rate(n, 256, 2304, *make, count="--num", folder=folder) for n in (1, 2)]
         print(f"| trajectories a second | {naive_trajectories(pipeline):.1f} | {rates[0]:.1f} | {rates[1]:.1f} |")
-        made = folder / "trajectories-1-1280"
+        made = folder / "trajectories-1-2304"
         learn = ("distill", model, "--trajectories", made, "--batch-size", batch_size, "--no-compile")
-        rates = [batch_size * rate(n, 4, 24, *learn, count="--num-updates", folder=folder) for n in (1, 2)]
+        rates = [batch_size * rate(n, 4, 44, *learn, count="--num-updates", folder=folder) for n in (1, 2)]
         naive = naive_training(pipeline, TrajectoryStore.open(made))
         print(f"| training samples a second | {naive:.1f} | {rates[0]:.1f} | {rates[1]:.1f} |")
-        size = sum(path.stat().st_size for path in made.glob("shard-*")) / 1280
+        size = sum(path.stat().st_size for path in made.glob("shard-*")) / 2304
     machine = environment()["machine"]
     print(
         f"\n`{model}`, {pipeline.teacher.order.length} tokens, {size:.0f} bytes a trajectory on disk in shards of 128; "

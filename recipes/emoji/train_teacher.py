@@ -1,12 +1,13 @@
 """Train teacher and text encoder together: python -m recipes.emoji.train_teacher --data DIR --out DIR --tokenizer DIR.
 
-The text encoder is a small T5 that reads bytes. It first learns alone to say of a caption which token each place of
-its picture has, whatever the others have, through a linear map that is thrown away; then both learn together. Every
-picture is encoded once in each of a few variants, see `data.moved`; captions are dropped for guidance.
+The text encoder is a small T5 that reads bytes. It first learns alone to find the picture of a caption among those of a
+batch; then both learn together. Every picture is encoded once in each of a few variants, see `data.moved`; captions are
+dropped for guidance.
 
-Axis letters: B batch, L tokens in a sequence, N sequences.
+Axis letters: B batch, L tokens in a sequence, N sequences, C code channels, E width of the common sphere.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from distilled_decoding.checkpoint import load_tensors, save_component, save_json, save_tensors
+from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Captions
 from distilled_decoding.families import family
 from distilled_decoding.families.llamagen.tokenizer import VQTokenizer
@@ -45,8 +47,8 @@ class Settings:
     num_heads: int = 5
     text_dim: int = 128
     text_layers: int = 3
-    text_steps: int = 2500
-    text_batch_size: int = 128
+    text_steps: int = 1000
+    text_batch_size: int = 256
     text_learning_rate: float = 1e-3
     seed: int = 0
 
@@ -81,30 +83,39 @@ def training_tokens(settings: Settings, tokenizer: VQTokenizer, image_N3HW: Tens
     return load_tensors(path)[0]["token_NL"].long()
 
 
-def train_text(
-    settings: Settings, text: TextEncoder, caption_N: list[list[int]], token_NL: Tensor, vocab: int
-) -> float:
-    """Teach the text encoder by itself, on the mean of its features, as the transformer reads them; the seconds."""
-    length = token_NL.shape[1]
-    head = nn.Linear(settings.text_dim, length * vocab)
-    modules = {"text": text.encoder.encoder, "head": head}
+def train_text(settings: Settings, text: TextEncoder, caption_N: list[list[int]], code_NLC: Tensor) -> float:
+    """Teach the text encoder by itself which picture a caption is of, among those of a batch; the seconds.
+
+    It is asked through the mean of its features, as the transformer reads them. What maps captions and pictures to one
+    sphere is thrown away.
+    """
+    picture = nn.Sequential(nn.Linear(code_NLC[0].numel(), 512), nn.GELU(), nn.Linear(512, 256))
+    heads = nn.ModuleDict({"text": nn.Linear(settings.text_dim, 256), "picture": picture})
+    heads.register_parameter("log_scale", nn.Parameter(torch.tensor(math.log(15))))
+    modules = {"text": text.encoder.encoder, "heads": heads}
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.05)
 
     def update(step: int) -> dict[str, float]:
-        optimizer.param_groups[0]["lr"] = cosine(step, settings.text_steps, settings.text_learning_rate, 200)
-        index = batch(step, settings.text_batch_size, len(token_NL), settings.seed)
+        optimizer.param_groups[0]["lr"] = cosine(step, settings.text_steps, settings.text_learning_rate, 100)
+        index_B = batch(step, settings.text_batch_size, len(code_NLC), settings.seed)
+        caption_B = index_B % len(caption_N)
         with torch.autocast("cpu", torch.bfloat16):
-            captions = text.features([caption_N[i] for i in (index % len(caption_N)).tolist()])
+            captions = text.features([caption_N[i] for i in caption_B.tolist()])
             mask_BT1 = captions.mask_BT[..., None]
             mean_BF = (captions.feature_BTF * mask_BT1).sum(1) / mask_BT1.sum(1)
-            logits_BLV = head(mean_BF).unflatten(1, (length, vocab))
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), token_NL[index].flatten())
+            text_BE, picture_BE = heads["text"](mean_BF), heads["picture"](code_NLC[index_B].flatten(1))
+        score_BB = F.normalize(text_BE.float(), dim=-1) @ F.normalize(picture_BE.float(), dim=-1).T
+        # Another variant of the same picture is as right as its own.
+        twin_BB = (caption_B[:, None] == caption_B).fill_diagonal_(False)
+        score_BB = (score_BB * heads.log_scale.exp()).masked_fill(twin_BB, -math.inf)
+        right_B = torch.arange(len(index_B))
+        loss = (F.cross_entropy(score_BB, right_B) + F.cross_entropy(score_BB.T, right_B)) / 2
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return {"loss": loss.item()}
+        return {"loss": loss.item(), "right": (score_BB.argmax(1) == right_B).float().mean().item()}
 
     settings.out.mkdir(exist_ok=True)
     return run("text", settings.out, settings.text_steps, modules, {"optimizer": optimizer}, update)
@@ -126,9 +137,8 @@ def main(settings: Settings) -> None:
     sizes |= {"vocab_size": tokenizer.config.codebook_size, "num_tokens": (SIDE // tokenizer.config.downsampling) ** 2}
     sizes |= {"num_classes": 0, "caption_tokens": MAX_TOKENS, "caption_dim": settings.text_dim}
     text.encoder.train()
-    text_seconds = train_text(
-        replace(settings, out=settings.out / "text"), text, caption_N, token_NL, sizes["vocab_size"]
-    )
+    code_NLC = lookup(token_NL, tokenizer.codebook_VC.detach())
+    text_seconds = train_text(replace(settings, out=settings.out / "text"), text, caption_N, code_NLC)
     model = Transformer(TransformerConfig(**sizes))
     # Twice as fast on a CPU; the parameters stay those of `model`.
     compiled = torch.compile(model)
