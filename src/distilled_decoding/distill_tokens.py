@@ -150,7 +150,7 @@ class Tokens:
     def student_losses(
         self, begun: Shard, known_blocks: int, forwards: Mapping[str, Forward], part: slice = ALL
     ) -> TokenLosses:
-        """What the student learns from: the teacher's conditionals on its tokens (Eq. 11); see `tracker_losses`."""
+        """What the student learns from: the teacher's conditionals on its tokens (Eq. 11, 14); see `tracker_losses`."""
         settings = self.settings.tokens
         drawn = self.drawn(begun, known_blocks, forwards[STUDENT])
         with torch.no_grad():
@@ -158,7 +158,8 @@ class Tokens:
             log_p_BLV = log_probabilities(logits_BLV, self.sampling)
             log_psi_BLV = self._track(forwards[_name(known_blocks)], drawn)
         weight_BL = self._weights(known_blocks, part)
-        losses = token_loss(drawn.log_pi_BLV, log_psi_BLV, log_p_BLV, drawn.token_BL, weight_BL, settings)
+        order = self.teacher.order
+        losses = token_loss(drawn.log_pi_BLV, log_psi_BLV, log_p_BLV, drawn.token_BL, weight_BL, order, settings)
         # The code head has no say, but processes wait for a gradient of every parameter.
         total = losses.total + 0 * drawn.output.code_BLC.sum()
         if settings.trajectory_weight == 0:

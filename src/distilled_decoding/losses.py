@@ -1,6 +1,6 @@
 """What the student learns from: partly known sequences (Eq. 5), the losses on trajectories (Eq. 7) and on tokens.
 
-Axis letters: B batch, L tokens in a sequence, V codebook entries, C code channels, H W image.
+Axis letters: B batch, L tokens in a sequence, S blocks, V codebook entries, C code channels, H W image.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.student import StudentOutput
 
 Decode = Callable[[Tensor], Tensor]
@@ -73,7 +74,7 @@ class TrajectoryLosses(Losses):
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """How a student learns from the teacher's judgement of its own tokens (Eq. 10, 11, 12).
+    """How a student learns from the teacher's judgement of its own tokens (Eq. 10, 11, 12, 14).
 
     Attributes:
         draw_temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
@@ -81,6 +82,8 @@ class TokenSettings:
         tracker_updates: of the tracker in each update of the student.
         tracker_rate: its learning rate, in units of the student's.
         entropy_weight: of the entropy of the student's tokens; what is positive makes it surer, what is negative less.
+        downstream: how much a token is also judged by the blocks behind it: a block counts this number of times as much
+            as the one before; 0 judges each token by itself alone, 1 weighs all blocks alike.
         trajectory_weight: of the loss on trajectories; 0 needs none.
 
     Raises:
@@ -92,6 +95,7 @@ class TokenSettings:
     tracker_updates: int = 2
     tracker_rate: float = 1.0
     entropy_weight: float = 0.0
+    downstream: float = 0.0
     trajectory_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -100,6 +104,8 @@ class TokenSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not math.isfinite(self.entropy_weight):
             raise ValueError(f"entropy_weight must be finite, got {self.entropy_weight}")
+        if not 0 <= self.downstream <= 1:
+            raise ValueError(f"downstream must lie in 0..1, got {self.downstream}; 0 is without")
         if not 0 <= self.trajectory_weight < math.inf:
             raise ValueError(f"trajectory_weight must not be negative, got {self.trajectory_weight}")
 
@@ -205,9 +211,10 @@ def token_loss(
     log_p_BLV: Tensor,
     token_BL: Tensor,
     weight_BL: Tensor,
+    order: BlockOrder,
     settings: TokenSettings,
 ) -> TokenLosses:
-    """The loss whose gradient moves a student's tokens towards the teacher's conditionals (Eq. 11).
+    """The loss whose gradient moves a student's tokens towards the teacher's conditionals (Eq. 11, 14).
 
     Args:
         log_pi_BLV: the student's log probabilities; gradients flow to them alone.
@@ -215,15 +222,43 @@ def token_loss(
         log_p_BLV: the teacher's on them.
         token_BL: the student's tokens.
         weight_BL: of each token in the mean, 0 for known ones; over the whole update they add up to 1.
-        settings: clamp and weights.
+        order: the blocks.
+        settings: clamp, weights and discount.
     """
     pi_BLV, ratio_BLV = log_pi_BLV.exp(), log_ratio(log_psi_BLV, log_p_BLV, settings.ratio_clamp)
     divergence = ((pi_BLV * ratio_BLV.detach()).sum(-1) * weight_BL).sum()
     entropy = -((pi_BLV * log_pi_BLV).sum(-1) * weight_BL).sum()
     total = divergence + settings.entropy_weight * entropy
+    if settings.downstream > 0:
+        total = total + downstream_loss(log_pi_BLV, ratio_BLV, token_BL, weight_BL, order, settings.downstream)
     return TokenLosses(
         total, divergence, entropy, tracker_loss(log_psi_BLV, token_BL, weight_BL).detach(), total.new_zeros(())
     )
+
+
+def downstream_loss(
+    log_pi_BLV: Tensor, ratio_BLV: Tensor, token_BL: Tensor, weight_BL: Tensor, order: BlockOrder, discount: float
+) -> Tensor:
+    """The part of the loss that judges each token by what came behind it, compared with other rows (Eq. 14), a scalar.
+
+    Args:
+        log_pi_BLV: see `token_loss`, like the next four.
+        ratio_BLV: log-ratios, see `log_ratio`.
+        token_BL: tokens.
+        weight_BL: weights.
+        order: blocks.
+        discount: see `TokenSettings.downstream`, positive.
+    """
+    chosen_BL1, (rows, _), block_L = token_BL.unsqueeze(-1), token_BL.shape, order.block_L(token_BL.device)
+    own_BL = ratio_BLV.detach().gather(-1, chosen_BL1).squeeze(-1) * weight_BL
+    own_BS = own_BL.new_zeros(rows, order.num_blocks).index_add(1, block_L, own_BL)
+    block_S = torch.arange(order.num_blocks, device=block_L.device)
+    discount_SS = (discount ** (block_S - block_S[:, None]).abs()).triu(1)
+    behind_BS = own_BS @ discount_SS.mT.to(own_BS)
+    # What the other rows found there has nothing to do with this row's choice: it steadies, and shifts no mean.
+    usual_BS = (behind_BS.sum(0) - behind_BS) / max(1, rows - 1)
+    advantage_BL = (behind_BS - usual_BS)[:, block_L] * (weight_BL > 0)
+    return (log_pi_BLV.gather(-1, chosen_BL1).squeeze(-1) * advantage_BL).sum()
 
 
 def tracker_loss(log_psi_BLV: Tensor, token_BL: Tensor, weight_BL: Tensor) -> Tensor:
