@@ -167,6 +167,21 @@ class SeesNothing(Wrapped):
         return self.teacher.forced_logits(torch.zeros_like(token_BL), *args)
 
 
+class FlatFeatures(Wrapped):
+    def forced_features(self, token_BL: Tensor, condition: Condition) -> Tensor:
+        return self.teacher.forced_logits(token_BL, condition, Guidance())[:, 1:]
+
+
+class FeaturesSeeTheEnd(Wrapped):
+    def forced_features(self, token_BL: Tensor, condition: Condition) -> Tensor:
+        return self.teacher.forced_logits(token_BL, condition, Guidance()) + token_BL[:, -1:, None]
+
+
+class FeaturesSeeNothing(Wrapped):
+    def forced_features(self, token_BL: Tensor, condition: Condition) -> Tensor:
+        return self.teacher.forced_logits(torch.zeros_like(token_BL), condition, Guidance())
+
+
 class FeedForgets(Wrapped):
     def feed(self, state: Any, token_BK: Tensor) -> Any:
         return self.teacher.feed(state, torch.zeros_like(token_BK))
@@ -358,6 +373,9 @@ BROKEN_TEACHERS = {
     SeesItsOwnBlock: "must see earlier blocks only, but other tokens in block 0 change those up to it",
     SeesTheEnd: r"must see earlier blocks only, but other tokens in block \d+ change those up to it",
     SeesNothing: "must see all earlier blocks, but other tokens in block 0 change no later ones",
+    FlatFeatures: r"forced_features must be a tensor \[2, \d+, 'D'\], got \(2,",
+    FeaturesSeeTheEnd: r"forced_features must see earlier blocks only, but other tokens in block \d+ change those",
+    FeaturesSeeNothing: "forced_features must see all earlier blocks, but other tokens in block 0 change no later ones",
     FeedForgets: "next_logits must equal forced_logits, but at block 1",
     SamplesUnguided: r"next_logits must equal forced_logits, but at block 0 with Guidance\(scale=3.0",
     IgnoresThePrefix: "a prefix must count as if it had been fed, but at block 1",

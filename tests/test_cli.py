@@ -109,6 +109,25 @@ def test_a_student_learns_from_tokens_without_trajectories(run, model: Path, mad
     assert code == 0 and json.loads(text)["student_temperature"] == 0
 
 
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_a_student_learns_from_scores_without_trajectories(run, tmp_path: Path, family: str) -> None:
+    """What comes of it takes its codes from the code head, and starts again where it learnt to."""
+    tiny.pipeline(family=family).save_pretrained(tmp_path / "model")
+    words = ["distill", tmp_path / "model", "--method", "scores", "--start", "student", "--num-updates", 20]
+    words += ["--teacher-updates", 10, "--tracker-updates", 1, "--batch-size", 2, "--noised", 1, "--start-blocks", 0, 2]
+    plan = json.loads(run(*words, "--plan", "--json")[1])
+    assert plan["trajectories"] == 0 < plan["teraflop"]
+    code, text, _ = run(*words, "--out", tmp_path / "a", "--json")
+    made = json.loads(text)
+    assert code == 0 and (made["training"]["method"], made["split_block"], made["student_temperature"]) == (
+        "scores",
+        0,
+        0,
+    )
+    assert {"total", "difference", "gap", "tracker"} < set(json.loads((tmp_path / "a" / "log.jsonl").read_text()))
+    assert run("sample", tmp_path / "a", "--steps", 2, "--num", 2, "--grid", tmp_path / "grid.png")[0] == 0
+
+
 def test_sample_goes_on_where_it_stopped(run, model: Path, tmp_path: Path) -> None:
     words = ["sample", model, "--num", 20, "--out", tmp_path / "s", "--json"]
     run(*words)
@@ -242,7 +261,8 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual", "lpips"], "give both or neither"),
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual-weight", 1], "give both or neither"),
         (["distill", "MODEL", "--out", "d"], "--trajectories"),
-        (["distill", "MODEL", "--method", "tokens", "--out", "d", "--split-block", 8], "all 16 blocks, and leaves"),
+        (["distill", "MODEL", "--method", "tokens", "--out", "d", "--split-block", 8], "trains the logits alone"),
+        (["distill", "MODEL", "--method", "scores", "--out", "d", "--split-block", 8], "trains the code head alone"),
         (["distill", "MODEL", "--method", "tokens", "--out", "d", "--trajectory-weight", 1], "needs trajectories"),
         (["sample", "MODEL", "--grid", "g.png", "--student-temperature", -1], "must be 0 or more, got -1"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from distilled_decoding import commands, describe, training_command
 from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
 from distilled_decoding.distill import DistillSettings, distill
+from distilled_decoding.distill_scores import Scores
 from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.flow import FlowSettings
-from distilled_decoding.losses import LossWeights
+from distilled_decoding.losses import LossWeights, ScoreSettings
+from distilled_decoding.on_policy import OnPolicy
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
@@ -127,26 +129,34 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, ru
 @pytest.mark.slow
 @FAMILIES
 @pytest.mark.parametrize("run", [RunSettings(), RunSettings(micro_batch=4, recompute=True)], ids=["whole", "parts"])
-def test_cost_of_token_matching_is_what_it_takes(tmp_path: Path, family: str, run: RunSettings) -> None:
+@pytest.mark.parametrize("kind", [Tokens, Scores])
+def test_cost_of_learning_from_ones_own_is_what_it_takes(
+    tmp_path: Path, kind: type[OnPolicy], family: str, run: RunSettings
+) -> None:
     pipe = tiny.pipeline(family=family)
     students, settings = (
         [pipe.new_student(0) for _ in range(3)],
-        replace(SETTINGS, method="tokens", num_updates=2, batch_size=8),
+        replace(SETTINGS, method=kind.__name__.lower(), num_updates=3, batch_size=8, scores=ScoreSettings(1)),
     )
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
 
+    def begin() -> OnPolicy:
+        method = kind(pipe.teacher, pipe.new_tracker, tiny.CLASSES, tiny.SAMPLING, settings)
+        assert method.networks
+        return method
+
     def work() -> None:
-        method = Tokens(pipe.teacher, pipe.new_tracker, tiny.CLASSES, tiny.SAMPLING, settings)
-        trained = distill(method, students.pop(), checkpoints, lambda update: True, run)
+        trained = distill(begin(), students.pop(), checkpoints, lambda update: True, run)
         pipe.with_student(trained, (0,), pipe.teacher.order.num_blocks).save_pretrained(tmp_path / "model")
 
     real = allocated_bytes(work, tmp_path)
     shutil.rmtree(checkpoints.folder)
     student, tracker = students[0], pipe.new_tracker()
+    beside = begin().networks["tracker-0"][0]
     cost = distillation_cost(pipe.teacher, student, settings, 1e10, CPU, run, tracker, tiny.SAMPLING)
-    assert cost.flops == counted_flops(work)
-    learnt = sum(p.nbytes for p in tracker.parameters() if p.requires_grad)
-    assert cost.fixed_bytes == 2 * weights(pipe.teacher) + 5 * weights(student) + 3 * learnt
+    assert cost.flops == counted_flops(work) - counted_flops(begin)  # a look at which parameters are read
+    learnt = sum(p.nbytes for p in beside.parameters() if p.requires_grad)
+    assert cost.fixed_bytes == weights(pipe.teacher, beside) + 5 * weights(student) + 3 * learnt
     assert cost.memory_bytes == pytest.approx(real + weights(pipe.teacher, student), rel=0.05)
     assert cost.disk_bytes == data_bytes(tmp_path / "model")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from distilled_decoding import cli
 from distilled_decoding.checkpoint import load_tensors
@@ -38,8 +39,9 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(folder: Path, *names: str) -> torch.Tensor:
-    """Losses and gradient norms of one run after another, a row an update."""
-    return torch.tensor([row for name in names for row in json.loads((folder / name / "0.json").read_text())["losses"]])
+    """Losses and gradient norms of one run after another, a row an update, filled up with zeros."""
+    rows = [row for name in names for row in json.loads((folder / name / "0.json").read_text())["losses"]]
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def assert_same_training(folder: Path, *names: str, alone: str = "one", within: float = 1e-5) -> None:
@@ -99,6 +101,16 @@ def test_processes_learn_from_tokens_what_one_learns(tmp_path: Path) -> None:
     assert {code for codes in json.loads((folder / "codes.json").read_text()).values() for code in codes} == {0}
     for alone, *others in (("one", "two-parts"), ("mixed", "mixed-two"), ("var", "var-two")):
         assert_same_training(folder, *others, alone=alone, within=1e-4)
+    assert_same_training(folder, "sharded-begun", "unsharded", within=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_learn_from_scores_what_one_learns(tmp_path: Path) -> None:
+    """Rounding may turn a nearest code, and then what is read; in so few updates it does not."""
+    folder = runs("compare_worlds_of_scores", tmp_path)
+    assert {code for codes in json.loads((folder / "codes.json").read_text()).values() for code in codes} == {0}
+    assert_same_training(folder, "two-parts", within=1e-4)
+    assert_same_training(folder, "var-two", alone="var", within=1e-4)
     assert_same_training(folder, "sharded-begun", "unsharded", within=1e-4)
 
 

@@ -23,15 +23,14 @@ from distilled_decoding import checkpoint, distill_trajectories, training_state
 from distilled_decoding import distill as distill_module
 from distilled_decoding import pipeline as pipeline_module
 from distilled_decoding.distill import DistillSettings, Update, distill
-from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.distill_trajectories import Trajectories
-from distilled_decoding.losses import TokenSettings
+from distilled_decoding.losses import ScoreSettings, TokenSettings
 from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.processes import group, is_first, rank
 from distilled_decoding.store import Shard, TrajectoryStore
-from distilled_decoding.training_command import Upkeep, distill_student
+from distilled_decoding.training_command import ON_POLICY, Upkeep, distill_student
 from distilled_decoding.training_log import TrainingLog
 from distilled_decoding.training_state import Checkpoints
 from tests import tiny
@@ -110,9 +109,9 @@ def train(
         checkpoints = Checkpoints(out / (keep or name) / "checkpoints", save_every=2)
         new, table, way = pipe.new_student(0), tiny.CLASSES, RunSettings(**run)
         method: Any = Trajectories(pipe.teacher, store, table, settings, 2)
-        if settings.method == "tokens":
+        if kind := ON_POLICY.get(settings.method):
             mixed = store if settings.tokens.trajectory_weight else None
-            method = Tokens(pipe.teacher, pipe.new_tracker, table, tiny.SAMPLING, settings, mixed)
+            method = kind(pipe.teacher, pipe.new_tracker, table, tiny.SAMPLING, settings, mixed)
         student = distill(method, new, checkpoints, on_update, way)
     result = {"losses": losses, "seen": store.seen, "finished": student is not None}
     checkpoint.save_json(out / name / f"{rank()}.json", result)
@@ -185,6 +184,24 @@ def compare_worlds_of_tokens(out: Path) -> None:
         "mixed-two": (2, {"settings": mixed}),
         "var": (1, {"settings": own, "family": "var"}),
         "var-two": (2, {"settings": own, "family": "var"}),
+        "sharded-begun": (2, {"settings": own, "sharded": True, "stop_after": 3, "keep": "unsharded"}),
+        "unsharded": (1, {"settings": own}),
+    }
+    codes = {name: fork(partial(train, out, name, **how), world) for name, (world, how) in ways.items()}
+    checkpoint.save_json(out / "codes.json", codes)
+
+
+def compare_worlds_of_scores(out: Path) -> None:
+    """Score distillation on one and two processes, in parts, mixed with trajectories, sharded."""
+    own = replace(SETTINGS, method="scores", scores=ScoreSettings(teacher_updates=2, noised=2, head_layers=1))
+    mixed = replace(own, tokens=TokenSettings(trajectory_weight=0.5))
+    tiny.store(out / "llamagen-trajectories", tiny.pipeline())
+    tiny.store(out / "var-trajectories", tiny.pipeline(family="var"))
+    ways: dict[str, tuple[int, dict[str, Any]]] = {
+        "one": (1, {"settings": own}),
+        "two-parts": (2, {"settings": own, "micro_batch": 2, "recompute": True}),
+        "var": (1, {"settings": mixed, "family": "var"}),
+        "var-two": (2, {"settings": mixed, "family": "var"}),
         "sharded-begun": (2, {"settings": own, "sharded": True, "stop_after": 3, "keep": "unsharded"}),
         "unsharded": (1, {"settings": own}),
     }

@@ -206,6 +206,28 @@ def _teacher_sees_earlier_blocks_only(teacher: Teacher, condition: Condition) ->
         )
 
 
+def _teacher_reads_its_logits_from_features(teacher: Teacher, condition: Condition) -> None:
+    if not hasattr(teacher, "forced_features"):
+        return
+    order, token_BL = teacher.order, _tokens(teacher)
+    before_BLD = teacher.forced_features(token_BL, condition)
+    found = tuple(before_BLD.shape) if isinstance(before_BLD, Tensor) else before_BLD
+    shaped = isinstance(found, tuple) and len(found) == 3 and found[:2] == tuple(token_BL.shape)
+    _expect(shaped, f"forced_features must be a tensor {[*token_BL.shape, 'D']}, got {found!r}")
+    for block in _blocks(order):
+        span, changed_BL = order.span(block), token_BL.clone()
+        changed_BL[:, span] = (changed_BL[:, span] + len(teacher.codebook) // 2) % len(teacher.codebook)
+        after_BLD, end = teacher.forced_features(changed_BL, condition), span.stop
+        promise = (
+            f"forced_features must see earlier blocks only, but other tokens in block {block} change those up to it:"
+        )
+        _expect_close(after_BLD[:, :end], before_BLD[:, :end], _SAME, promise)
+        _expect(
+            end == order.length or not torch.equal(after_BLD[:, end:], before_BLD[:, end:]),
+            f"forced_features must see all earlier blocks, but other tokens in block {block} change no later ones",
+        )
+
+
 def _teacher_samples_what_it_forces(teacher: Teacher, condition: Condition) -> None:
     order, token_BL = teacher.order, _tokens(teacher)
     for guidance in _guidances(order):
@@ -329,6 +351,7 @@ TEACHER_CHECKS = (
 CONDITIONED_CHECKS = (
     _teacher_repeats_itself,
     _teacher_sees_earlier_blocks_only,
+    _teacher_reads_its_logits_from_features,
     _teacher_samples_what_it_forces,
     _teacher_takes_a_prefix_as_fed,
     _teacher_goes_on_from_a_copy,

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from statistics import median
 from time import perf_counter
@@ -30,10 +31,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distilled_decoding.condition import Condition, stand_ins
 from distilled_decoding.distill import STUDENT, DistillSettings, attention_on
-from distilled_decoding.distill_tokens import Tokens, Tracker
+from distilled_decoding.distill_scores import Scores
+from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.flow import flow_map
 from distilled_decoding.losses import Losses
+from distilled_decoding.on_policy import tracker_name
 from distilled_decoding.parallel import RunSettings, recompute_layers
 from distilled_decoding.store import Shard
 from distilled_decoding.teacher import TeacherSampling, log_probabilities
@@ -138,7 +141,7 @@ def distillation_cost(
 ) -> Cost:
     """What it takes to train a student; `settings.compile` needs less.
 
-    Of a perceptual loss the decoder is counted, the network that compares the images is not; of the method `tokens`
+    Of a perceptual loss the decoder is counted, the network that compares the images is not; of a method with trackers
     every start counts as if no block were known.
 
     Args:
@@ -149,26 +152,33 @@ def distillation_cost(
         device: where it will run, in one process; attention keeps its scores for the backward pass on a CPU, not on a
             GPU.
         run: as `distill` takes it; `sharded` is not looked at.
-        tracker: what the method `tokens` trains for each start, see `Tokens.new_tracker`; None for `trajectories`.
-        sampling: the teacher's distribution, for `tokens`.
+        tracker: what the methods `tokens` and `scores` begin their trackers with, see `OnPolicy.new_tracker`; None for
+            `trajectories`.
+        sampling: the teacher's distribution, for those methods.
     """
-    order, num_trackers = teacher.order, 0 if tracker is None else max(1, len(settings.start_blocks))
+    order, settings = teacher.order, replace(settings, start_blocks=settings.start_blocks or (0,))
     attention = nullcontext() if device.type == "cpu" else _FlashAttention()
     with FakeTensorMode(allow_non_fake_inputs=True), _Meter() as meter, attention:
+        size = run.micro_batch or settings.batch_size
+        part, zero_B = slice(0, size), torch.zeros(settings.batch_size, dtype=torch.int64)
+        shard = Shard(zero_B[part].expand(order.length, -1).T.contiguous(), zero_B[part], zero_B[part])
+        begun_bytes = meter.held
         teacher, student = _shapes_of(teacher), _shapes_of(student).train().requires_grad_(True)
-        trackers = [Tracker(_trainable_shapes_of(tracker)) for _ in range(num_trackers)]
+        method = None
+        if tracker is not None:
+            kind = Scores if settings.method == "scores" else Tokens
+            table, new_tracker = _StandIns(teacher), partial(_trainable_shapes_of, tracker)
+            method = kind(teacher, new_tracker, table, sampling, settings, shard, F.mse_loss)
+        trackers = [] if method is None else [network for network, _ in method.networks.values()]
         average = [torch.empty_like(parameter) for parameter in student.parameters()]
         learnt = [p for network in (student, *trackers) for p in network.parameters() if p.requires_grad]
         moments = [torch.empty_like(parameter) for parameter in learnt for _ in ("first", "second")]
         for parameter in learnt:
             parameter.grad = torch.empty_like(parameter)
-        fixed_bytes = meter.held
+        fixed_bytes = meter.held - begun_bytes
         if run.recompute:
             for network in (student, *trackers):
                 recompute_layers(network)
-        size = run.micro_batch or settings.batch_size
-        part, zero_B = slice(0, size), torch.zeros(settings.batch_size, dtype=torch.int64)
-        shard = Shard(zero_B[part].expand(order.length, -1).T.contiguous(), zero_B[part], zero_B[part])
 
         def step(network: nn.Module, losses: Callable[[], Losses]) -> _Count:
             with meter.counting() as count, attention_on(device):
@@ -177,31 +187,32 @@ def distillation_cost(
                 losses().total.backward()
             return count
 
-        if tracker is None:
-            condition, split = stand_ins(teacher, size), order.num_blocks
-            counts = [
-                step(
-                    student,
-                    lambda: batch_loss(teacher, student, shard, condition, zero_B, settings, split, F.mse_loss, part),
-                )
-            ]
+        condition, split, num_updates = stand_ins(teacher, size), order.num_blocks, settings.num_updates
+        counts: list[tuple[int, _Count]] = []
+        if method is None:
+
+            def trajectory_losses() -> Losses:
+                return batch_loss(teacher, student, shard, condition, zero_B, settings, split, F.mse_loss, part)
+
+            counts.append((num_updates, step(student, trajectory_losses)))
         else:
-            settings = replace(settings, start_blocks=settings.start_blocks or (0,))
-            method = Tokens(teacher, lambda: tracker, _StandIns(teacher), sampling, settings, shard, F.mse_loss)
-            forwards = {STUDENT: student, "tracker-0": trackers[0]}
-            counts = [step(trackers[0], lambda: method.tracker_losses(shard, 0, forwards, part))]
-            counts *= settings.tokens.tracker_updates
-            counts += [step(student, lambda: method.student_losses(shard, 0, forwards, part))]
+            networks = {STUDENT: student, tracker_name(0): trackers[0]}
+            first, each = settings.first_update, settings.tokens.tracker_updates
+            for update, updates in [(0, first)] * (first > 0) + [(first, num_updates - first)]:
+                lesson, students = method.lessons(update)
+                counts.append((updates * each, step(trackers[0], partial(lesson, shard, 0, networks, part))))
+                if students is not None:
+                    counts.append((updates, step(student, partial(students, shard, 0, networks, part))))
         del average, moments
         # The state of the training holds the student, its average, the trackers, and of each parameter two moments and
         # a counter.
         state_bytes = 2 * _file_bytes(student) + sum(2 * p.nbytes + 4 for p in learnt)
         state_bytes += sum(p.nbytes for network in trackers for p in network.parameters() if p.requires_grad)
         disk_bytes = state_bytes + _file_bytes(teacher) + _file_bytes(student)
-    flops = settings.num_updates * sum(count.flops for count in counts) * settings.batch_size
+    flops = sum(times * count.flops for times, count in counts) * settings.batch_size
     flops //= min(size, settings.batch_size)
     seconds = flops / flops_per_second / _DISTILLATION_EFFICIENCY
-    return Cost(flops, seconds, max(count.peak for count in counts), fixed_bytes, disk_bytes)
+    return Cost(flops, seconds, max(count.peak for _, count in counts), fixed_bytes, disk_bytes)
 
 
 def flops_per_second(device: torch.device, bf16: bool) -> float:

@@ -2,7 +2,7 @@
 
 Every random choice of an update follows from the seed and its number alone, so a stopped run that goes on equals
 one that was never stopped, and any number of processes learn the same in the same order. What is learnt is a method's
-to say: `distill_trajectories`, `distill_tokens`.
+to say: `distill_trajectories`, `distill_tokens`, `distill_scores`.
 
 Axis letters: B batch, L tokens in a sequence, S blocks.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.losses import Losses, LossWeights, TokenSettings
+from distilled_decoding.losses import Losses, LossWeights, ScoreSettings, TokenSettings
 from distilled_decoding.noise import image_keys, shuffled, uniform
 from distilled_decoding.parallel import (
     RunSettings,
@@ -35,7 +35,7 @@ from distilled_decoding.parallel import (
 from distilled_decoding.teacher import Teacher, draw
 from distilled_decoding.training_state import Checkpoints
 
-MethodName = Literal["trajectories", "tokens"]
+MethodName = Literal["trajectories", "tokens", "scores"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ class DistillSettings:
         start_weights: how often each of them is drawn; () draws all alike.
         block_weights: weight of each block in the loss; () weighs all tokens alike.
         method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of the `tokens` that it
-            draws itself.
+            draws itself, or of its own vectors, by `scores`.
         loss: weights of the parts of the loss on trajectories.
-        tokens: of the method `tokens`.
+        tokens: of the method `tokens`, and as far as they say so of `scores`.
+        scores: of the method `scores`.
         bf16: run the student under bfloat16 autocast.
         compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
         seed: of the training order and the starting blocks.
@@ -78,6 +79,7 @@ class DistillSettings:
     method: MethodName = "trajectories"
     loss: LossWeights = field(default_factory=LossWeights)
     tokens: TokenSettings = field(default_factory=TokenSettings)
+    scores: ScoreSettings = field(default_factory=ScoreSettings)
     bf16: bool = True
     compile: bool = False
     seed: int = 0
@@ -105,6 +107,16 @@ class DistillSettings:
                 f"{len(self.start_weights)} start weights do not fit {len(self.start_blocks)} start blocks; "
                 "give one for each"
             )
+        if self.first_update >= self.num_updates:
+            raise ValueError(
+                f"of {self.num_updates} updates the first {self.first_update} are the trackers' alone "
+                "(teacher_updates), which leaves none to the student; give more, or fewer of those"
+            )
+
+    @property
+    def first_update(self) -> int:
+        """The update, counted from 0, in which the student begins to learn."""
+        return self.scores.teacher_updates if self.method == "scores" else 0
 
     def check(self, order: BlockOrder, split_block: int) -> None:
         """Compare with the teacher's blocks.
@@ -125,9 +137,10 @@ class Update:
 
     Attributes:
         number: counted from 1.
-        losses: of the student in the whole update, whatever part of it this process took.
-        learning_rate: its own.
-        gradient_norm: the student's before clipping.
+        losses: of the student in the whole update, whatever part of it this process took; before it begins to learn,
+            of what learnt last.
+        learning_rate: the student's.
+        gradient_norm: before clipping, of what the losses are of.
         finite: whether all losses and gradients were; a network whose own were not was left as it was.
         skipped: skipped updates in all.
         average: the averaged student as it is now.
@@ -142,11 +155,14 @@ class Update:
     average: nn.Module
 
 
-def learning_rate_at(update: int, settings: DistillSettings) -> float:
-    """The learning rate of an update, counted from 0."""
+def learning_rate_at(update: int, settings: DistillSettings, first_update: int = 0) -> float:
+    """The learning rate of an update, counted from 0, for what learns from the first on."""
+    update, num_updates = update - first_update, settings.num_updates - first_update
+    if update < 0:
+        return 0.0
     if update < settings.warmup:
         return settings.learning_rate * (update + 1) / settings.warmup
-    done = (update - settings.warmup) / max(1, settings.num_updates - settings.warmup)
+    done = (update - settings.warmup) / max(1, num_updates - settings.warmup)
     return settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -233,7 +249,10 @@ class Method(Protocol):
         ...
 
     def steps(self, update: int) -> Iterator[tuple[str, LossesOf]]:
-        """The steps of an update, counted from 0: which network learns, and what; the student's comes last."""
+        """The steps of an update, counted from 0: which network learns, and what.
+
+        The student's comes last, and not before its first update, see `DistillSettings.first_update`.
+        """
         ...
 
 
@@ -249,13 +268,14 @@ class _Step:
 class _Learner:
     """A network with its optimizer, trained by all processes together."""
 
-    def __init__(self, network: nn.Module, settings: DistillSettings, run: RunSettings) -> None:
+    def __init__(self, network: nn.Module, settings: DistillSettings, run: RunSettings, first_update: int = 0) -> None:
         if run.recompute:
             recompute_layers(network)
         if run.sharded:
             shard(network)
         self._network = network
         self._settings = settings
+        self._first_update = first_update
         self._optimizer = make_optimizer(network, settings)
         self._trainee = Trainee(network, settings.compile)
         self.forward: Forward = self._trainee.forward
@@ -263,7 +283,7 @@ class _Learner:
     def step(self, losses_of: Callable[[slice], Losses], parts: list[slice], update: int) -> _Step:
         """Learn from the rows of an update, unless loss or gradient are not finite."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate_at(update, self._settings)
+            group["lr"] = learning_rate_at(update, self._settings, self._first_update)
         self._optimizer.zero_grad()
         losses = self._trainee.gradients(losses_of, parts)
         norm = self._trainee.clip_gradients(self._settings.grad_clip)
@@ -309,7 +329,7 @@ def distill(
     settings, parts = method.settings, own_parts(method.settings.batch_size, run.micro_batch)
     average = copy.deepcopy(student).eval()
     result = copy.deepcopy(average).requires_grad_(False) if run.sharded else average
-    learners = {STUDENT: _Learner(student.train(), settings, run)}
+    learners = {STUDENT: _Learner(student.train(), settings, run, settings.first_update)}
     for name, (network, learning_rate) in method.networks.items():
         learners[name] = _Learner(network, replace(settings, learning_rate=learning_rate), run)
     if run.sharded:
@@ -325,8 +345,8 @@ def distill(
             with attention_on(method.teacher.codebook.device):
                 steps.append(learners[name].step(partial(losses_of, forwards), parts, update))
         finite, last = all(step.finite for step in steps), steps[-1]
-        if last.finite:
-            update_ema(average, student, update, settings)
+        if last.finite and update >= settings.first_update:
+            update_ema(average, student, update - settings.first_update, settings)
         counts = counts.after(finite)
         if counts.skipped_in_row == run.patience:
             path = checkpoints.save(tensors, counts, "failed")
@@ -335,7 +355,7 @@ def distill(
                 f"{last.losses.total:g}, the gradient's norm {last.gradient_norm:g}); the state is in {path}; try a "
                 "lower learning rate"
             )
-        rate = learning_rate_at(update, settings)
+        rate = learning_rate_at(update, settings, settings.first_update)
         heard = Update(counts.updates, last.losses, rate, last.gradient_norm, finite, counts.skipped, average)
         stop = any_process(not on_update(heard))
         if stop or counts.updates == settings.num_updates or checkpoints.due(counts.updates):

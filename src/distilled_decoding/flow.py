@@ -8,7 +8,7 @@ The posterior mean is attention over the codebook: |x|^2 cancels in Eq. 1, which
 the codes as keys and values, and the mask log p. |c|^2 rides along as one more key channel.
 
 Axis letters: B batch, K tokens in a block, N rows (B x K), V codebook entries, C code channels,
-E key channels, W codes that survive truncation.
+E key channels, R points of a row, W codes that survive truncation.
 """
 
 import math
@@ -134,6 +134,29 @@ def posterior_mean(x_NC: Tensor, time: float, log_p_NV: Tensor, codebook_VC: Ten
     return _Posterior(log_p_NV, codebook_VC).mean(x_NC.float(), time)
 
 
+def posterior_means(x_NRC: Tensor, time_NR: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """Return the expected code at several points of each row, each at a time of its own (Eq. 1, 2).
+
+    Rows are taken in chunks, so that memory stays bounded.
+
+    Args:
+        x_NRC: R points for each row, [N, R, C].
+        time_NR: flow times, in [0, 1).
+        log_p_NV: see `posterior_mean`.
+        codebook_VC: the codes, [V, C].
+
+    Returns:
+        mean_NRC, float32 [N, R, C].
+    """
+    num_rows = _rows_per_chunk(len(codebook_VC), x_NRC.device)
+    means = []
+    for x_KRC, time_KR, log_p_KV in zip(*(each.split(num_rows) for each in (x_NRC, time_NR, log_p_NV)), strict=True):
+        posterior = _Posterior(log_p_KV, codebook_VC)
+        points = zip(x_KRC.float().unbind(1), time_KR.split(1, 1), strict=True)
+        means.append(torch.stack([posterior.mean(x_KC, time_K1) for x_KC, time_K1 in points], 1))
+    return torch.cat(means)
+
+
 def velocity(x_NC: Tensor, time: float, mean_NC: Tensor) -> Tensor:
     """Return the velocity of the flow at x, given the expected code there (Eq. 3), [N, C]."""
     return (mean_NC - x_NC) / (1 - time)
@@ -153,8 +176,8 @@ class _Posterior:
         self.key = key[None, None] if self.shared else key[:, None]
         self.mask = self._spread(log_p_NV.float())
 
-    def mean(self, x_NC: Tensor, time: float) -> Tensor:
-        """Return the expected code [N, C] (Eq. 1, 2)."""
+    def mean(self, x_NC: Tensor, time: float | Tensor) -> Tensor:
+        """Return the expected code [N, C] at one time, or at each row's own, [N, 1] (Eq. 1, 2)."""
         scale = time / (1 - time) ** 2
         query = self._query(x_NC * scale, -scale * time / 2)
         # Autocast would round the operands to 16 bits, which changes tokens.
@@ -168,9 +191,10 @@ class _Posterior:
             score = self._query(x_NC, -0.5) @ self.key.mT
         return score.masked_fill(self.mask == -math.inf, -math.inf).argmax(-1).view(-1)
 
-    def _query(self, x_NC: Tensor, norm_weight: float) -> Tensor:
-        """Return queries that weigh the |c|^2 channel by `norm_weight` and the padding by 0."""
-        query_NE = F.pad(F.pad(x_NC, (0, 1), value=norm_weight), (0, self.key.shape[-1] - self.channels - 1))
+    def _query(self, x_NC: Tensor, norm_weight: float | Tensor) -> Tensor:
+        """Return queries that weigh the |c|^2 channel by `norm_weight`, one or [N, 1], and the padding by 0."""
+        weight_N1 = norm_weight if isinstance(norm_weight, Tensor) else x_NC.new_full((len(x_NC), 1), norm_weight)
+        query_NE = F.pad(torch.cat([x_NC, weight_N1], 1), (0, self.key.shape[-1] - self.channels - 1))
         return self._spread(query_NE)
 
     def _spread(self, rows: Tensor) -> Tensor:

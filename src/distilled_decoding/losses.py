@@ -1,6 +1,7 @@
-"""What the student learns from: partly known sequences (Eq. 5), the losses on trajectories (Eq. 7) and on tokens.
+"""What the student learns from: partly known sequences (Eq. 5), the losses on trajectories (Eq. 7), tokens and scores.
 
-Axis letters: B batch, L tokens in a sequence, S blocks, V codebook entries, C code channels, H W image.
+Axis letters: B batch, L tokens in a sequence, S blocks, R noised vectors of a position, V codebook entries, C code
+channels, H W image.
 """
 
 import math
@@ -19,6 +20,10 @@ Decode = Callable[[Tensor], Tensor]
 
 ImageDistance = Callable[[Tensor, Tensor], Tensor]
 """A scalar distance of two image batches, a mean over images; gradients flow to the first."""
+
+
+_LEAST_SIZE = 0.1
+"""In Eq. 19: where a vector has settled on a code, dividing by its distance would blow up the tracker's last errors."""
 
 
 def corrupt(noise_BLC: Tensor, code_BLC: Tensor, known_BL: Tensor) -> Tensor:
@@ -79,12 +84,12 @@ class TokenSettings:
     Attributes:
         draw_temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
         ratio_clamp: largest log-ratio of tracker and teacher, either way; codes that the teacher never samples have it.
-        tracker_updates: of the tracker in each update of the student.
+        tracker_updates: of the tracker in each update of the student; for the method `scores`, too, as the next.
         tracker_rate: its learning rate, in units of the student's.
         entropy_weight: of the entropy of the student's tokens; what is positive makes it surer, what is negative less.
         downstream: how much a token is also judged by the blocks behind it: a block counts this number of times as much
             as the one before; 0 judges each token by itself alone, 1 weighs all blocks alike.
-        trajectory_weight: of the loss on trajectories; 0 needs none.
+        trajectory_weight: of the loss on trajectories; 0 needs none. For `scores`, too.
 
     Raises:
         ValueError: a setting outside its range.
@@ -111,23 +116,71 @@ class TokenSettings:
 
 
 @dataclass(frozen=True)
-class TokenLosses(Losses):
+class ScoreSettings:
+    """How a student learns from the teacher's scores of its own vectors (Eq. 15 to 19).
+
+    Attributes:
+        teacher_updates: the first updates, in which the trackers alone learn, from the teacher's own scores.
+        noised: vectors that each of a sequence is noised to, in one pass of the tracker's network.
+        head_width: of the tracker's head; 0 is the width of the features that the teacher offers.
+        head_layers: in it.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    teacher_updates: int = 500
+    noised: int = 4
+    head_width: int = 0
+    head_layers: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("teacher_updates", 0), ("noised", 1), ("head_width", 0), ("head_layers", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MixedLosses(Losses):
+    """The losses on what a student made itself; `trajectories`: the loss on trajectories beside it, 0 without."""
+
+    trajectories: Tensor
+
+
+@dataclass(frozen=True)
+class TokenLosses(MixedLosses):
     """The parts of the loss on a student's own tokens, means over unknown tokens.
 
     Attributes:
         divergence: of the student's conditionals from the teacher's, as the tracker sees them and clamped (Eq. 11).
         entropy: of the distributions that the tokens are drawn from.
         tracker: the tracker's cross-entropy on them, before it learns from them (Eq. 12).
-        trajectories: the loss on trajectories; 0 without.
     """
 
     divergence: Tensor
     entropy: Tensor
     tracker: Tensor
-    trajectories: Tensor
 
     def __str__(self) -> str:
         return f"divergence {float(self.divergence):.3f}, entropy {float(self.entropy):.3f}"
+
+
+@dataclass(frozen=True)
+class ScoreLosses(MixedLosses):
+    """The parts of the loss on a student's own vectors, means over unknown tokens.
+
+    Attributes:
+        difference: of the two expected vectors, as the student follows it, root mean square over channels (Eq. 19).
+        gap: squared distance of its vectors from the nearest codes, summed over channels.
+        tracker: the tracker's squared error on them, before it learns from them (Eq. 18).
+    """
+
+    difference: Tensor
+    gap: Tensor
+    tracker: Tensor
+
+    def __str__(self) -> str:
+        return f"difference {float(self.difference):.3f}, gap {float(self.gap):.3f}"
 
 
 @dataclass(frozen=True)
@@ -231,9 +284,8 @@ def token_loss(
     total = divergence + settings.entropy_weight * entropy
     if settings.downstream > 0:
         total = total + downstream_loss(log_pi_BLV, ratio_BLV, token_BL, weight_BL, order, settings.downstream)
-    return TokenLosses(
-        total, divergence, entropy, tracker_loss(log_psi_BLV, token_BL, weight_BL).detach(), total.new_zeros(())
-    )
+    tracker = tracker_loss(log_psi_BLV, token_BL, weight_BL).detach()
+    return TokenLosses(total, total.new_zeros(()), divergence, entropy, tracker)
 
 
 def downstream_loss(
@@ -264,3 +316,72 @@ def downstream_loss(
 def tracker_loss(log_psi_BLV: Tensor, token_BL: Tensor, weight_BL: Tensor) -> Tensor:
     """The tracker's cross-entropy on a student's tokens (Eq. 12), a scalar; for the arguments see `token_loss`."""
     return -(log_psi_BLV.gather(-1, token_BL.unsqueeze(-1)).squeeze(-1) * weight_BL).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """Vectors on their way to noise (Eq. 15).
+
+    Attributes:
+        x_BLRC: the points, float32.
+        time_BLR1: how far they are: 0 is the vector, 1 noise alone.
+    """
+
+    x_BLRC: Tensor
+    time_BLR1: Tensor
+
+    @classmethod
+    def of(cls, code_BLC: Tensor, noise_BLRC: Tensor, time_BLR1: Tensor) -> "Noised":
+        """Each vector on its way to each of its R noises."""
+        return cls(code_BLC.float().unsqueeze(2).lerp(noise_BLRC, time_BLR1), time_BLR1)
+
+
+def unit_error(time_BLR1: Tensor, spread: Tensor) -> Tensor:
+    """How wrong the best guess of a vector of no known kind is, at a time: b_t of Eq. 17.
+
+    Args:
+        time_BLR1: the times.
+        spread: root mean square of the codes' channels, a scalar.
+    """
+    return time_BLR1 * spread / ((1 - time_BLR1).square() * spread.square() + time_BLR1.square()).sqrt()
+
+
+def score_tracker_loss(mean_BLRC: Tensor, target_BLRC: Tensor, unit_BLR1: Tensor, weight_BL: Tensor) -> Tensor:
+    """A tracker's squared error, a scalar (Eq. 18).
+
+    Args:
+        mean_BLRC: the vectors that it expects at noised points.
+        target_BLRC: those that there were, or those that the teacher expects.
+        unit_BLR1: the error to measure in, see `unit_error`.
+        weight_BL: of each token in the mean, 0 for known ones; over the whole update they add up to 1.
+    """
+    return (((mean_BLRC - target_BLRC) / unit_BLR1).square().mean((-2, -1)) * weight_BL).sum()
+
+
+def score_loss(
+    code_BLC: Tensor,
+    student_BLRC: Tensor,
+    teacher_BLRC: Tensor,
+    nearest_BLC: Tensor,
+    unit_BLR1: Tensor,
+    weight_BL: Tensor,
+) -> ScoreLosses:
+    """The loss whose gradient moves a student's vectors towards the teacher's scores (Eq. 19).
+
+    Args:
+        code_BLC: the student's vectors; gradients flow to them alone.
+        student_BLRC: what the tracker expects at their noised points.
+        teacher_BLRC: what the teacher expects there.
+        nearest_BLC: their nearest codes.
+        unit_BLR1: see `score_tracker_loss`, like the next.
+        weight_BL: weights.
+    """
+    held_BL1C = code_BLC.detach().unsqueeze(2)
+    size_BLR1 = (held_BL1C - teacher_BLRC).abs().mean(-1, keepdim=True).maximum(_LEAST_SIZE * unit_BLR1)
+    step_BLC = ((student_BLRC - teacher_BLRC) / size_BLR1).mean(2)
+    # Its gradient to the vectors is the step itself, over C.
+    total = 0.5 * ((code_BLC - (held_BL1C.squeeze(2) - step_BLC)).square().mean(-1) * weight_BL).sum()
+    difference = (step_BLC.square().mean(-1).sqrt() * weight_BL).sum()
+    gap = ((held_BL1C.squeeze(2) - nearest_BLC).square().sum(-1) * weight_BL).sum()
+    tracker = score_tracker_loss(student_BLRC, held_BL1C, unit_BLR1, weight_BL)
+    return ScoreLosses(total, total.new_zeros(()), difference, gap, tracker)

@@ -1,7 +1,7 @@
 """What the method asks of a teacher, what its distribution p is, and the loop that samples from it.
 
 Axis letters: B batch, L tokens in a sequence, K tokens in a block, S blocks, V codebook entries, C code
-channels.
+channels, D width.
 """
 
 import math
@@ -100,6 +100,10 @@ class Teacher(Protocol):
     is spent once it has been fed: the one that `feed` returns takes its place. A deep copy of it goes on by itself.
 
     A teacher that reads captions also has `caption_shape`, the positions T and channels F of their features.
+
+    A teacher may also offer `forced_features(token_BL, condition)`, which score distillation trains in a copy: what the
+    plain logits of `forced_logits` are read from, float [B, L, D], each from the blocks before its own. Gradients flow
+    to the weights.
 
     A teacher may also offer `compile_steps(compiler)`, which compiles in place what a generation calls again and
     again. What differs from step to step must then be in tensors, or each value gets a graph of its own, and the

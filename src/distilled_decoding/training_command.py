@@ -14,10 +14,12 @@ from distilled_decoding.commands import trajectory_count, trajectory_table
 from distilled_decoding.condition import ConditionTable
 from distilled_decoding.cost import distillation_cost, flops_per_second
 from distilled_decoding.distill import DistillSettings, Method, Update, distill
+from distilled_decoding.distill_scores import Scores
 from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.losses import ImageDistance
 from distilled_decoding.metrics.perceptual import classifier_distance, effnet_lite0_distance, lpips_distance
+from distilled_decoding.on_policy import OnPolicy
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.progress import Bar, progress_bar, stop_signal
@@ -26,6 +28,9 @@ from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.training_log import TrainingLog
 from distilled_decoding.training_state import Checkpoints
 from distilled_decoding.watch import Watch
+
+ON_POLICY: dict[str, type[OnPolicy]] = {"tokens": Tokens, "scores": Scores}
+"""The methods that need no trajectories."""
 
 Start = Literal["teacher", "student"]
 """What a new student begins as: what its family makes of the teacher, or the student that the model has."""
@@ -147,12 +152,13 @@ def _resolved(
     """The settings and the split of a training, where not given those of the model, checked against its blocks."""
     settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
     num_blocks = pipeline.teacher.order.num_blocks
-    default = num_blocks if settings.method == "tokens" else pipeline.config.split_block
+    trained = {"tokens": (num_blocks, "logits"), "scores": (0, "code head")}.get(settings.method)
+    default = trained[0] if trained else pipeline.config.split_block
     split_block = default if split_block is None else split_block
-    if settings.method == "tokens" and split_block != num_blocks:
+    if trained and split_block != default:
         raise ValueError(
-            f"--method tokens trains the logits of all {num_blocks} blocks, and leaves --split-block {split_block} no "
-            "code head to take the others from; leave it out"
+            f"--method {settings.method} trains the {trained[1]} alone, from which all {num_blocks} blocks are then "
+            f"taken, and not those of --split-block {split_block}; leave it out"
         )
     settings.check(pipeline.teacher.order, split_block)
     weight = settings.loss.perceptual_weight
@@ -193,8 +199,8 @@ def _method(
 ) -> Method:
     """What the settings of a pipeline say that its student learns from."""
     config = pipeline.config
-    if config.training.method == "tokens":
-        return Tokens(pipeline.teacher, pipeline.new_tracker, table, config.sampling, config.training, store, distance)
+    if kind := ON_POLICY.get(config.training.method):
+        return kind(pipeline.teacher, pipeline.new_tracker, table, config.sampling, config.training, store, distance)
     if store is None:
         raise ValueError("--method trajectories needs trajectories: make some, and give --trajectories FOLDER")
     return Trajectories(pipeline.teacher, store, table, config.training, config.split_block, distance)
@@ -263,12 +269,12 @@ def plan_distillation(
     Raises:
         ValueError: settings that do not fit the model.
     """
-    tokens = settings.method == "tokens"
-    num = 0 if tokens and num is None else trajectory_count(pipeline, num)
+    on_policy = ON_POLICY.get(settings.method)
+    num = 0 if on_policy and num is None else trajectory_count(pipeline, num)
     settings, _ = _resolved(pipeline, settings, split_block, perceptual)
     student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
     speed = flops_per_second(torch.device(device), settings.bf16)
-    tracker = pipeline.new_tracker() if tokens else None
+    tracker = pipeline.new_tracker() if on_policy else None
     sampling = pipeline.config.sampling
     cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run, tracker, sampling)
     what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}

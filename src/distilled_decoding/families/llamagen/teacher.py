@@ -159,6 +159,10 @@ class LlamaGenTeacher(nn.Module):
         scale_L = guidance.at_tokens(self.order, token_BL.device)
         return guidance.apply(self.transformer(token_BL, condition), scale_L[:, None])
 
+    def forced_features(self, token_BL: Tensor, condition: Condition) -> Tensor:
+        """See `Teacher`."""
+        return self.transformer.features(token_BL, condition)
+
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """See `Teacher.encode`."""
         return self.tokenizer.encode(image_B3HW)

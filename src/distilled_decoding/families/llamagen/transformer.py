@@ -310,8 +310,12 @@ class Transformer(Backbone):
                 tokens, n of them, come n + 1 predictions.
             condition: one entry per sequence.
         """
+        return self.output(self.features(token_BL, condition)).float()
+
+    def features(self, token_BL: Tensor, condition: Condition) -> Tensor:
+        """What those logits are read from, [B, L, D]."""
         x_BLD = self.embed(token_BL[:, : self.config.num_tokens - 1], condition)
         length = x_BLD.shape[1]
         mask = leading_mask(self.attended(condition), length)
         hidden_BLD = self.run_layers(x_BLD, rope_table(self.config, x_BLD.device)[:length], mask)
-        return self.logits(hidden_BLD[:, self.config.condition_tokens - 1 :])
+        return self.norm(hidden_BLD[:, self.config.condition_tokens - 1 :])

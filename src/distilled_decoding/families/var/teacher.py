@@ -176,12 +176,19 @@ class VARTeacher(nn.Module):
 
     def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
         """See `Teacher.forced_logits`."""
-        sums = self.tokenizer.partial_sums(lookup(token_BL, self.codebook))
-        input_BLC = self.tokenizer.next_inputs(sums)
+        input_BLC = self._inputs(token_BL)
         if guidance.is_active:
             condition, input_BLC = condition.with_null(), input_BLC.repeat(2, 1, 1)
         scale_L = guidance.at_tokens(self.order, token_BL.device)
         return guidance.apply(self.transformer(input_BLC, condition), scale_L[:, None])
+
+    def forced_features(self, token_BL: Tensor, condition: Condition) -> Tensor:
+        """See `Teacher`."""
+        return self.transformer.features(self._inputs(token_BL), condition)
+
+    def _inputs(self, token_BL: Tensor) -> Tensor:
+        """What each scale but the first reads of a whole sequence."""
+        return self.tokenizer.next_inputs(self.tokenizer.partial_sums(lookup(token_BL, self.codebook)))
 
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """See `Teacher.encode`."""

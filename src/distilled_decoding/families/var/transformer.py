@@ -259,8 +259,12 @@ class Transformer(Backbone):
                 scales may be left out, and so are their logits then.
             condition: one entry per sequence.
         """
+        return self.head(self.features(input_BLC, condition)).float()
+
+    def features(self, input_BLC: Tensor, condition: Condition) -> Tensor:
+        """What those logits are read from, [B, L, D]."""
         class_BD = self.embed_class(condition)
         length = 1 + input_BLC.shape[1]
         x_BLD = torch.cat([self.start(class_BD), self.embed(input_BLC, slice(1, length))], dim=1)
         mask_LL = self.levels.attends_LL(own_block=True, device=x_BLD.device)[:length, :length]
-        return self.logits(self.run_layers(x_BLD, self.modulations(class_BD), mask_LL), class_BD)
+        return self.head_nm(self.run_layers(x_BLD, self.modulations(class_BD), mask_LL), class_BD)
