@@ -37,11 +37,12 @@ class Settings:
     data: Path
     out: Path
     tokenizer: Path
-    num_steps: int = 4000
+    num_steps: int = 3500
     batch_size: int = 64
     learning_rate: float = 2e-3
+    muon_learning_rate: float = 4e-3
     caption_dropout: float = 0.1
-    variants: int = 4
+    variants: int = 2
     dim: int = 160
     num_layers: int = 6
     num_heads: int = 5
@@ -144,18 +145,26 @@ def main(settings: Settings) -> None:
     compiled = torch.compile(model)
     # T5 shares its embedding between two names; the encoder within has it once.
     modules = {"model": model, "text": text.encoder.encoder}
+    hidden = [p for p in model.layers.parameters() if p.ndim > 1]
+    outer = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("layers.")]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": outer, "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         {"params": list(text.encoder.encoder.parameters()), "weight_decay": 0.0},
     ]
-    parameters = [p for group in groups for p in group["params"]]
-    rates = (settings.learning_rate, settings.learning_rate, settings.text_learning_rate)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    parameters = [*hidden, *(p for group in groups for p in group["params"])]
+    optimizers = {
+        "muon": torch.optim.Muon(
+            hidden, settings.muon_learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        ),
+        "optimizer": torch.optim.AdamW(groups, betas=(0.9, 0.95)),
+    }
+    peaks = (settings.muon_learning_rate, settings.learning_rate, settings.learning_rate, settings.text_learning_rate)
 
     def update(step: int) -> dict[str, float]:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = cosine(step, settings.num_steps, rate, 200)
+        all_groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+        for group, peak in zip(all_groups, peaks, strict=True):
+            group["lr"] = cosine(step, settings.num_steps, peak, 100)
         torch.manual_seed(settings.seed * 1_000_003 + step)
         index = batch(step, settings.batch_size, len(token_NL), settings.seed)
         token_BL = token_NL[index]
@@ -164,14 +173,16 @@ def main(settings: Settings) -> None:
             captions = text.features([caption_N[i] for i in (index % len(chosen)).tolist()])
             logits_BLV = compiled(token_BL, Captions(captions.feature_BTF, captions.mask_BT, null_B))
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), token_BL.flatten())
-        optimizer.zero_grad()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         return {"loss": loss.item()}
 
     model.train()
-    seconds = run("teacher", settings.out, settings.num_steps, modules, {"optimizer": optimizer}, update)
+    seconds = run("teacher", settings.out, settings.num_steps, modules, optimizers, update)
     save_component(settings.out / "transformer", model.eval(), model.config, torch.float16)
     TextEncoder(text.encoder.half(), text.tokenizer, MAX_TOKENS).save_pretrained(settings.out)
     save_json(settings.out / "measured.json", {"text_seconds": text_seconds, "seconds": seconds})
