@@ -19,7 +19,7 @@ from distilled_decoding.bench import bench as run_bench
 from distilled_decoding.demo import demo_table, run_demo
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.evaluate import EvaluationSettings
-from distilled_decoding.flags import flags_for, override
+from distilled_decoding.flags import flags_for, given_names, override
 from distilled_decoding.metrics.features import FeatureName
 from distilled_decoding.originals import Weights
 from distilled_decoding.parallel import RunSettings
@@ -178,12 +178,12 @@ def distill(
     if plan:
         num = None if trajectories is None else len(TrajectoryStore.open(trajectories))
         pipeline, device = describe.skeleton(model), commands.check_device(device)
-        training = override(pipeline.config.training, settings)
+        training = _training(pipeline, settings)
         _print(training_command.plan_distillation(pipeline, num, training, split_block, perceptual, device, run), json)
         return
     out = _needed(out, "--out")
     pipeline = _load(model, device)
-    training = override(pipeline.config.training, settings)
+    training = _training(pipeline, settings)
     if training.method == "trajectories":
         trajectories = _needed(trajectories, "--trajectories")
     trained = training_command.distill_student(
@@ -471,6 +471,15 @@ def _sentence(error: Exception) -> str:
 def _load(model: str, device: str, dtype: DType = "float32", compile: bool = False) -> Pipeline:
     pipeline = Pipeline.from_pretrained(model, commands.check_device(device), DTYPES[dtype])
     return pipeline.compiled() if compile else pipeline
+
+
+def _training(pipeline: Pipeline, flags: Any) -> DistillSettings:
+    training = override(pipeline.config.training, flags)
+    if unread := sorted(given_names(flags) & training.unread):
+        way_out = "give a --trajectory-weight, too" if hasattr(training.loss, unread[0]) else "leave it out"
+        flag = unread[0].replace("_", "-")
+        raise ValueError(f"--{flag} changes nothing with --method {training.method}; {way_out}")
+    return training
 
 
 def _needed(path: Path | None, flag: str) -> Path:

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -36,6 +36,9 @@ from distilled_decoding.teacher import Teacher, draw
 from distilled_decoding.training_state import Checkpoints
 
 MethodName = Literal["trajectories", "tokens", "scores"]
+
+_SHARED = {"tracker_updates", "tracker_rate", "trajectory_weight"}
+"""Of the settings of tokens, those that the method `scores` reads, too."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,14 @@ class DistillSettings:
     def first_update(self) -> int:
         """The update, counted from 0, in which the student begins to learn."""
         return self.scores.teacher_updates if self.method == "scores" else 0
+
+    @property
+    def unread(self) -> set[str]:
+        """Names of the settings of losses that the method does not look at."""
+        kinds = (LossWeights, TokenSettings, ScoreSettings)
+        loss, tokens, scores = ({each.name for each in fields(kind)} for kind in kinds)
+        read = {"trajectories": loss, "tokens": tokens, "scores": scores | _SHARED}[self.method]
+        return (loss | tokens | scores) - read - (loss if self.tokens.trajectory_weight > 0 else set())
 
     def check(self, order: BlockOrder, split_block: int) -> None:
         """Compare with the teacher's blocks.

@@ -34,6 +34,18 @@ def flags_for(kind: type[Any], own_defaults: Sequence[str] = ()) -> Any:
     return Annotated[flags, OmitArgPrefixes]
 
 
+def given_names(flags: Any) -> set[str]:
+    """Names of the settings, nested ones by their own, for which a flag was given."""
+    names = set()
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        if dataclasses.is_dataclass(value):
+            names |= given_names(value)
+        elif value is not None:
+            names.add(field.name)
+    return names
+
+
 def override(settings: Settings, flags: Any) -> Settings:
     """The settings of a model, changed where flags were given."""
     changes = {}
