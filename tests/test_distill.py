@@ -195,6 +195,8 @@ def test_settings_are_compared_with_the_teacher() -> None:
         replace(SETTINGS, start_blocks=(0, 16)).check(order, 16)
     with pytest.raises(ValueError, match="block weights"):
         replace(SETTINGS, block_weights=(1.0, 2.0)).check(order, 16)
+    with pytest.raises(ValueError, match="leave a start at block 8 nothing to learn"):
+        replace(SETTINGS, block_weights=(1.0,) * 8 + (0.0,) * 8).check(order, 16)
     with pytest.raises(ValueError, match="split_block must lie in 0..16.*got 17"):
         SETTINGS.check(order, 17)
 

@@ -140,6 +140,9 @@ class DistillSettings:
             raise ValueError(f"split_block must lie in 0..{order.num_blocks}, the number of blocks, got {split_block}")
         if self.block_weights and len(self.block_weights) != order.num_blocks:
             raise ValueError(f"{len(self.block_weights)} block weights do not fit {order.num_blocks} blocks")
+        last = self.start_blocks[-1]
+        if self.block_weights and not any(self.block_weights[last:]):
+            raise ValueError(f"block weights {self.block_weights} leave a start at block {last} nothing to learn")
 
 
 @dataclass(frozen=True)
