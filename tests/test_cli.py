@@ -261,6 +261,7 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual", "lpips"], "give both or neither"),
         (["distill", "MODEL", "--trajectories", "T", "--out", "d", "--perceptual-weight", 1], "give both or neither"),
         (["distill", "MODEL", "--out", "d"], "--trajectories"),
+        (["distill", "MODEL", "--method", "tokens", "--out", "d", "--perceptual", "lpips"], "give both or neither"),
         (["distill", "MODEL", "--method", "tokens", "--out", "d", "--split-block", 8], "trains the logits alone"),
         (["distill", "MODEL", "--method", "scores", "--out", "d", "--split-block", 8], "trains the code head alone"),
         (["distill", "MODEL", "--method", "tokens", "--out", "d", "--trajectory-weight", 1], "needs trajectories"),
