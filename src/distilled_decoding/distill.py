@@ -61,9 +61,9 @@ class DistillSettings:
         loss: weights of the parts of the loss on trajectories.
         tokens: of the method `tokens`, and as far as they say so of `scores`.
         scores: of the method `scores`.
-        bf16: run the student under bfloat16 autocast.
+        bf16: run what is trained under bfloat16 autocast.
         compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
-        seed: of the training order and the starting blocks.
+        seed: of the training order, the starting blocks and, without trajectories, the noise.
 
     Raises:
         ValueError: a setting outside its range.
