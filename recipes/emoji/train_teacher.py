@@ -2,7 +2,7 @@
 
 The text encoder is a small T5 that reads bytes. It first learns alone to find the picture of a caption among those of a
 batch; then both learn together. Every picture is encoded once in each of a few variants, see `data.moved`; captions are
-dropped for guidance.
+dropped for guidance, and up to half of the tokens that a picture's next one is told from are wrong.
 
 Axis letters: B batch, L tokens in a sequence, N sequences, C code channels, E width of the common sphere.
 """
@@ -42,6 +42,7 @@ class Settings:
     learning_rate: float = 2e-3
     muon_learning_rate: float = 4e-3
     caption_dropout: float = 0.1
+    wrong_tokens: float = 0.5
     variants: int = 2
     dim: int = 160
     num_layers: int = 6
@@ -169,9 +170,13 @@ def main(settings: Settings) -> None:
         index = batch(step, settings.batch_size, len(token_NL), settings.seed)
         token_BL = token_NL[index]
         null_B = torch.rand(len(index)) < settings.caption_dropout
+        # A wrong token, once sampled, must not lead to another picture: those of others stand among what is read.
+        other_BL = token_NL[torch.randint(len(token_NL), token_BL.shape), torch.arange(token_BL.shape[1])]
+        wrong_BL = torch.rand(token_BL.shape) < settings.wrong_tokens * torch.rand(len(index), 1)
+        read_BL = torch.where(wrong_BL, other_BL, token_BL)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             captions = text.features([caption_N[i] for i in (index % len(chosen)).tolist()])
-            logits_BLV = compiled(token_BL, Captions(captions.feature_BTF, captions.mask_BT, null_B))
+            logits_BLV = compiled(read_BL, Captions(captions.feature_BTF, captions.mask_BT, null_B))
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), token_BL.flatten())
         for optimizer in optimizers.values():
             optimizer.zero_grad()
