@@ -12,7 +12,7 @@ from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill
 from distilled_decoding.distill_tokens import ALL, Tokens, Tracker
 from distilled_decoding.distill_trajectories import batch_loss
-from distilled_decoding.losses import LossWeights, TokenLosses, TokenSettings, log_ratio, token_loss
+from distilled_decoding.losses import LossWeights, TokenLosses, TokenSettings, downstream_loss, log_ratio, token_loss
 from distilled_decoding.sampling import Plan
 from distilled_decoding.student import StudentOutput
 from distilled_decoding.teacher import Guidance, TeacherSampling
@@ -155,6 +155,33 @@ def test_with_what_lies_downstream_it_is_the_gradient_of_the_joint_divergence(ro
     torch.testing.assert_close(downstream_formula(logits_ZLV, target_VV, rows), expected)
 
 
+def test_judging_later_tokens_by_all_codes_varies_less_than_by_those_drawn() -> None:
+    """Brute force over every noise and every pair of tokens: one mean, and a third of the variance."""
+    logits_ZLV, target_VV = random_logits(2).double(), joint_of(random_logits(4, seed=1)).double()
+    face_O, *tokens = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(3)).T
+    token_OL = torch.stack(tokens, 1)
+    log_pi_OLV = logits_ZLV.log_softmax(-1)[face_O]
+    chance_O = log_pi_OLV.gather(-1, token_OL[..., None]).sum((1, 2)).exp() / 2
+    log_psi_OLV, log_p_OLV = (
+        Pairs(joint).forced_logits(token_OL, None, None).detach() for joint in (joint_of(logits_ZLV), target_VV)
+    )
+    ratio_OLV = log_psi_OLV - log_p_OLV
+
+    def loss(logits_ZLV: Tensor, face: Tensor, token_L: Tensor, divergence_L: Tensor) -> Tensor:
+        log_pi_1LV = logits_ZLV.log_softmax(-1)[face[None]]
+        return downstream_loss(log_pi_1LV, divergence_L[None], token_L[None], torch.ones(1, 2), Pairs.order, 1.0)
+
+    def moments(divergence_OL: Tensor) -> tuple[Tensor, Tensor]:
+        each = torch.vmap(torch.func.grad(loss), (None, 0, 0, 0))(logits_ZLV, face_O, token_OL, divergence_OL)
+        mean = torch.einsum("o,ozlv->zlv", chance_O, each)
+        return mean, torch.einsum("o,ozlv->", chance_O, (each - mean).square())
+
+    mean, variance = moments((log_pi_OLV.exp() * ratio_OLV).sum(-1))
+    drawn_mean, drawn_variance = moments(ratio_OLV.gather(-1, token_OL[..., None])[..., 0])
+    torch.testing.assert_close(mean, drawn_mean)
+    assert float(variance / drawn_variance) == pytest.approx(0.334, abs=0.001)
+
+
 def test_downstream_are_later_blocks_by_their_weight_and_discount() -> None:
     """Of four blocks the first is known and the third has two tokens."""
     order, chance = BlockOrder((1, 1, 2, 1)), torch.Generator().manual_seed(0)
@@ -168,8 +195,8 @@ def test_downstream_are_later_blocks_by_their_weight_and_discount() -> None:
         losses = token_loss(log_pi_BLV, log_psi_BLV, log_p_BLV, token_BL, weight_BL, order, settings)
         return torch.autograd.grad(losses.total, log_pi_BLV)[0].gather(-1, token_BL[..., None])[..., 0]
 
-    ratio_BL = (log_psi_BLV - log_p_BLV).gather(-1, token_BL[..., None])[..., 0] * weight_BL
-    third_B, fourth_B = ratio_BL[:, 2] + ratio_BL[:, 3], ratio_BL[:, 4]
+    own_BL = (log_pi_BLV.detach().exp() * log_ratio(log_psi_BLV, log_p_BLV, 5.0)).sum(-1) * weight_BL
+    third_B, fourth_B = own_BL[:, 2] + own_BL[:, 3], own_BL[:, 4]
     second_B, third_B, zero_B = 0.5 * third_B + 0.25 * fourth_B, 0.5 * fourth_B, torch.zeros(2)
     behind_BL = torch.stack([zero_B, second_B, third_B, third_B, zero_B], 1)
     torch.testing.assert_close(gradient(0.5) - gradient(0.0), behind_BL - behind_BL.flip(0))

@@ -279,31 +279,31 @@ def token_loss(
         settings: clamp, weights and discount.
     """
     pi_BLV, ratio_BLV = log_pi_BLV.exp(), log_ratio(log_psi_BLV, log_p_BLV, settings.ratio_clamp)
-    divergence = ((pi_BLV * ratio_BLV.detach()).sum(-1) * weight_BL).sum()
+    divergence_BL = (pi_BLV * ratio_BLV.detach()).sum(-1) * weight_BL
+    divergence = divergence_BL.sum()
     entropy = -((pi_BLV * log_pi_BLV).sum(-1) * weight_BL).sum()
     total = divergence + settings.entropy_weight * entropy
     if settings.downstream > 0:
-        total = total + downstream_loss(log_pi_BLV, ratio_BLV, token_BL, weight_BL, order, settings.downstream)
+        total = total + downstream_loss(log_pi_BLV, divergence_BL, token_BL, weight_BL, order, settings.downstream)
     tracker = tracker_loss(log_psi_BLV, token_BL, weight_BL).detach()
     return TokenLosses(total, total.new_zeros(()), divergence, entropy, tracker)
 
 
 def downstream_loss(
-    log_pi_BLV: Tensor, ratio_BLV: Tensor, token_BL: Tensor, weight_BL: Tensor, order: BlockOrder, discount: float
+    log_pi_BLV: Tensor, divergence_BL: Tensor, token_BL: Tensor, weight_BL: Tensor, order: BlockOrder, discount: float
 ) -> Tensor:
     """The part of the loss that judges each token by what came behind it, compared with other rows (Eq. 14), a scalar.
 
     Args:
-        log_pi_BLV: see `token_loss`, like the next four.
-        ratio_BLV: log-ratios, see `log_ratio`.
+        log_pi_BLV: see `token_loss`, like token_BL, weight_BL and order.
+        divergence_BL: what each token adds to the divergence, by its weight; no gradients flow to it.
         token_BL: tokens.
         weight_BL: weights.
         order: blocks.
         discount: see `TokenSettings.downstream`, positive.
     """
     chosen_BL1, (rows, _), block_L = token_BL.unsqueeze(-1), token_BL.shape, order.block_L(token_BL.device)
-    own_BL = ratio_BLV.detach().gather(-1, chosen_BL1).squeeze(-1) * weight_BL
-    own_BS = own_BL.new_zeros(rows, order.num_blocks).index_add(1, block_L, own_BL)
+    own_BS = divergence_BL.new_zeros(rows, order.num_blocks).index_add(1, block_L, divergence_BL.detach())
     block_S = torch.arange(order.num_blocks, device=block_L.device)
     discount_SS = (discount ** (block_S - block_S[:, None]).abs()).triu(1)
     behind_BS = own_BS @ discount_SS.mT.to(own_BS)
