@@ -15,9 +15,9 @@ from distilled_decoding.flow import posterior_mean, posterior_means
 from distilled_decoding.losses import (
     LossWeights,
     Noised,
+    OnPolicySettings,
     ScoreLosses,
     ScoreSettings,
-    TokenSettings,
     score_loss,
     score_tracker_loss,
     unit_error,
@@ -324,7 +324,7 @@ def test_with_trajectories_noise_and_known_blocks_are_theirs_and_their_loss_is_m
     pipe = loosened(tiny.pipeline())
     shard = tiny.shard(tmp_path, pipe, 8)
     settings = replace(SETTINGS, loss=LossWeights(0.5, 1.0))
-    mixed = replace(settings, tokens=TokenSettings(trajectory_weight=0.25))
+    mixed = replace(settings, on_policy=OnPolicySettings(trajectory_weight=0.25))
     batch = method_of(pipe, mixed, shard).batch(2)
     made = method_of(pipe, mixed, shard).made(batch, known_blocks, pipe.student)
     assert torch.equal(made.token_BL[:, :known_blocks], batch.token_NL[:, :known_blocks])

@@ -12,7 +12,15 @@ from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill
 from distilled_decoding.distill_tokens import ALL, Tokens, Tracker
 from distilled_decoding.distill_trajectories import batch_loss
-from distilled_decoding.losses import LossWeights, TokenLosses, TokenSettings, downstream_loss, log_ratio, token_loss
+from distilled_decoding.losses import (
+    LossWeights,
+    OnPolicySettings,
+    TokenLosses,
+    TokenSettings,
+    downstream_loss,
+    log_ratio,
+    token_loss,
+)
 from distilled_decoding.sampling import Plan
 from distilled_decoding.student import StudentOutput
 from distilled_decoding.teacher import Guidance, TeacherSampling
@@ -27,7 +35,8 @@ TOY = DistillSettings(
     batch_size=512,
     start_blocks=(0,),
     bf16=False,
-    tokens=TokenSettings(ratio_clamp=50.0, tracker_updates=1),
+    on_policy=OnPolicySettings(tracker_updates=1),
+    tokens=TokenSettings(ratio_clamp=50.0),
 )
 
 
@@ -320,7 +329,7 @@ def test_with_trajectories_noise_and_known_blocks_are_theirs_and_their_loss_is_m
     pipe = tiny.pipeline()
     shard = tiny.shard(tmp_path, pipe, 8)
     settings = replace(SETTINGS, loss=LossWeights(1.0, 0.5))
-    mixed = replace(settings, tokens=TokenSettings(trajectory_weight=0.25))
+    mixed = replace(settings, on_policy=OnPolicySettings(trajectory_weight=0.25))
     batch = method_of(pipe, mixed, shard).batch(2)
     drawn = method_of(pipe, mixed, shard).drawn(batch, known_blocks, pipe.student)
     assert torch.equal(drawn.token_BL[:, :known_blocks], batch.token_NL[:, :known_blocks])
@@ -377,23 +386,23 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "change", "message"),
     [
-        ({"draw_temperature": 0.0}, "draw_temperature must be positive, got 0"),
-        ({"tracker_updates": 0}, "tracker_updates must be positive, got 0"),
-        ({"ratio_clamp": -1.0}, "ratio_clamp must be positive, got -1"),
-        ({"entropy_weight": torch.inf}, "entropy_weight must be finite, got inf"),
-        ({"downstream": 1.5}, "downstream must lie in 0..1, got 1.5"),
-        ({"trajectory_weight": -1.0}, "trajectory_weight must not be negative, got -1"),
+        (TokenSettings, {"draw_temperature": 0.0}, "draw_temperature must be positive, got 0"),
+        (TokenSettings, {"ratio_clamp": -1.0}, "ratio_clamp must be positive, got -1"),
+        (TokenSettings, {"entropy_weight": torch.inf}, "entropy_weight must be finite, got inf"),
+        (TokenSettings, {"downstream": 1.5}, "downstream must lie in 0..1, got 1.5"),
+        (OnPolicySettings, {"tracker_updates": 0}, "tracker_updates must be positive, got 0"),
+        (OnPolicySettings, {"trajectory_weight": -1.0}, "trajectory_weight must not be negative, got -1"),
     ],
 )
-def test_bad_settings_are_refused(change: dict, message: str) -> None:
+def test_bad_settings_are_refused(kind: type, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenSettings(**change)
+        kind(**change)
 
 
 def test_what_needs_trajectories_says_so() -> None:
-    mixed = replace(SETTINGS, tokens=TokenSettings(trajectory_weight=1.0))
+    mixed = replace(SETTINGS, on_policy=OnPolicySettings(trajectory_weight=1.0))
     with pytest.raises(ValueError, match="trajectory weight of 1.0 needs trajectories"):
         method_of(tiny.pipeline(), mixed)
     with pytest.raises(ValueError, match="unknown method 'token'; choose one of trajectories, tokens"):

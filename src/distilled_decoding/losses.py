@@ -78,18 +78,40 @@ class TrajectoryLosses(Losses):
 
 
 @dataclass(frozen=True)
+class OnPolicySettings:
+    """How a student and its trackers take turns, whatever the teacher judges of what the student makes.
+
+    Attributes:
+        tracker_updates: of the tracker in each update of the student.
+        tracker_rate: the tracker's learning rate, in units of the student's.
+        trajectory_weight: of the loss on trajectories; 0 needs none.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    tracker_updates: int = 2
+    tracker_rate: float = 1.0
+    trajectory_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("tracker_updates", "tracker_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.trajectory_weight < math.inf:
+            raise ValueError(f"trajectory_weight must not be negative, got {self.trajectory_weight}")
+
+
+@dataclass(frozen=True)
 class TokenSettings:
     """How a student learns from the teacher's judgement of its own tokens (Eq. 10, 11, 12, 14).
 
     Attributes:
         draw_temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
         ratio_clamp: largest log-ratio of tracker and teacher, either way; codes that the teacher never samples have it.
-        tracker_updates: of the tracker in each update of the student; for the method `scores`, too, as the next.
-        tracker_rate: its learning rate, in units of the student's.
         entropy_weight: of the entropy of the student's tokens; what is positive makes it surer, what is negative less.
         downstream: how much a token is also judged by the blocks behind it: a block counts this number of times as much
             as the one before; 0 judges each token by itself alone, 1 weighs all blocks alike.
-        trajectory_weight: of the loss on trajectories; 0 needs none. For `scores`, too.
 
     Raises:
         ValueError: a setting outside its range.
@@ -97,22 +119,17 @@ class TokenSettings:
 
     draw_temperature: float = 1.0
     ratio_clamp: float = 5.0
-    tracker_updates: int = 2
-    tracker_rate: float = 1.0
     entropy_weight: float = 0.0
     downstream: float = 0.0
-    trajectory_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("draw_temperature", "ratio_clamp", "tracker_updates", "tracker_rate"):
+        for name in ("draw_temperature", "ratio_clamp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not math.isfinite(self.entropy_weight):
             raise ValueError(f"entropy_weight must be finite, got {self.entropy_weight}")
         if not 0 <= self.downstream <= 1:
             raise ValueError(f"downstream must lie in 0..1, got {self.downstream}; 0 is without")
-        if not 0 <= self.trajectory_weight < math.inf:
-            raise ValueError(f"trajectory_weight must not be negative, got {self.trajectory_weight}")
 
 
 @dataclass(frozen=True)
