@@ -28,14 +28,21 @@ from distilled_decoding.training_state import Checkpoints
 from tests import tiny
 
 SETTINGS = DistillSettings(
-    method="tokens", num_updates=6, batch_size=4, warmup=2, start_blocks=(0, 2), bf16=False, ema_rate=0.9
+    method="tokens",
+    num_updates=6,
+    batch_size=4,
+    warmup=2,
+    start_blocks=(0, 2),
+    bf16=False,
+    ema_rate=0.9,
+    on_policy=OnPolicySettings(tracker_first=2),
 )
 TOY = DistillSettings(
     method="tokens",
     batch_size=512,
     start_blocks=(0,),
     bf16=False,
-    on_policy=OnPolicySettings(tracker_updates=1),
+    on_policy=OnPolicySettings(tracker_first=0, tracker_updates=1),
     tokens=TokenSettings(ratio_clamp=50.0),
 )
 
@@ -329,7 +336,7 @@ def test_with_trajectories_noise_and_known_blocks_are_theirs_and_their_loss_is_m
     pipe = tiny.pipeline()
     shard = tiny.shard(tmp_path, pipe, 8)
     settings = replace(SETTINGS, loss=LossWeights(1.0, 0.5))
-    mixed = replace(settings, on_policy=OnPolicySettings(trajectory_weight=0.25))
+    mixed = replace(settings, on_policy=OnPolicySettings(tracker_first=2, trajectory_weight=0.25))
     batch = method_of(pipe, mixed, shard).batch(2)
     drawn = method_of(pipe, mixed, shard).drawn(batch, known_blocks, pipe.student)
     assert torch.equal(drawn.token_BL[:, :known_blocks], batch.token_NL[:, :known_blocks])
@@ -352,7 +359,7 @@ def test_the_losses_of_parts_of_a_batch_add_up() -> None:
     pipe = tiny.pipeline()
     method = method_of(pipe, replace(SETTINGS, start_blocks=(0,), block_weights=tuple(range(16))))
     networks = {name: network for name, (network, _) in method.networks.items()}
-    for _, losses_of in method.steps(1):
+    for _, losses_of in method.steps(2):
         found = [
             torch.stack(
                 [value.detach() for value in vars(losses_of({STUDENT: pipe.student, **networks}, part)).values()]
@@ -374,12 +381,12 @@ def run(folder: Path, stop_after: int | None = None):
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
-    """Trackers and their optimizers included."""
+    """Trackers and their optimizers included; before the student begins, and after."""
     whole, losses = run(tmp_path / "whole")
-    stopped, first = run(tmp_path / "parts", stop_after=3)
-    assert stopped is None
-    resumed, second = run(tmp_path / "parts")
-    assert first + second == losses and tiny.same_weights(whole, resumed)
+    assert run(tmp_path / "parts", stop_after=1)[0] is None
+    assert run(tmp_path / "parts", stop_after=4)[0] is None
+    resumed, last = run(tmp_path / "parts")
+    assert last == losses[4:] and tiny.same_weights(whole, resumed)
     names = ("whole", "parts")
     one, other = ((tmp_path / name / "update-000006" / "state.safetensors").read_bytes() for name in names)
     assert one == other
@@ -392,6 +399,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
         (TokenSettings, {"ratio_clamp": -1.0}, "ratio_clamp must be positive, got -1"),
         (TokenSettings, {"entropy_weight": torch.inf}, "entropy_weight must be finite, got inf"),
         (TokenSettings, {"downstream": 1.5}, "downstream must lie in 0..1, got 1.5"),
+        (OnPolicySettings, {"tracker_first": -1}, "tracker_first must be at least 0, got -1"),
         (OnPolicySettings, {"tracker_updates": 0}, "tracker_updates must be positive, got 0"),
         (OnPolicySettings, {"trajectory_weight": -1.0}, "trajectory_weight must not be negative, got -1"),
     ],
@@ -401,8 +409,19 @@ def test_bad_settings_are_refused(kind: type, change: dict, message: str) -> Non
         kind(**change)
 
 
+def test_at_first_the_trackers_alone_learn() -> None:
+    """From the student's tokens as always; how long differs between methods, and nobody waits without a tracker."""
+    method = method_of(tiny.pipeline(), replace(SETTINGS, start_blocks=(0,)))
+    names = [[name for name, _ in method.steps(update)] for update in (1, 2)]
+    assert names == [["tracker-0"] * 2, ["tracker-0"] * 2 + [STUDENT]]
+    assert method.lessons(1)[0] == method.lessons(2)[0] == method.tracker_losses
+    waiting = [DistillSettings(method=name).first_update for name in ("trajectories", "tokens", "scores")]
+    assert waiting == [0, 200, 500]
+    assert [replace(SETTINGS, method=name).first_update for name in ("trajectories", "tokens", "scores")] == [0, 2, 2]
+
+
 def test_what_needs_trajectories_says_so() -> None:
-    mixed = replace(SETTINGS, on_policy=OnPolicySettings(trajectory_weight=1.0))
+    mixed = replace(SETTINGS, on_policy=OnPolicySettings(tracker_first=2, trajectory_weight=1.0))
     with pytest.raises(ValueError, match="trajectory weight of 1.0 needs trajectories"):
         method_of(tiny.pipeline(), mixed)
     with pytest.raises(ValueError, match="unknown method 'token'; choose one of trajectories, tokens"):

@@ -173,8 +173,8 @@ def compare_more_worlds(out: Path) -> None:
 
 def compare_worlds_of_tokens(out: Path) -> None:
     """Token matching on one and two processes, in parts, mixed with trajectories, sharded."""
-    own = replace(SETTINGS, method="tokens")
-    mixed = replace(own, on_policy=OnPolicySettings(trajectory_weight=0.5))
+    own = replace(SETTINGS, method="tokens", on_policy=OnPolicySettings(tracker_first=2))
+    mixed = replace(own, on_policy=replace(own.on_policy, trajectory_weight=0.5))
     for family in ("llamagen", "var"):
         tiny.store(out / f"{family}-trajectories", tiny.pipeline(family=family))
     ways: dict[str, tuple[int, dict[str, Any]]] = {
@@ -193,8 +193,13 @@ def compare_worlds_of_tokens(out: Path) -> None:
 
 def compare_worlds_of_scores(out: Path) -> None:
     """Score distillation on one and two processes, in parts, mixed with trajectories, sharded."""
-    own = replace(SETTINGS, method="scores", scores=ScoreSettings(teacher_updates=2, noised=2, head_layers=1))
-    mixed = replace(own, on_policy=OnPolicySettings(trajectory_weight=0.5))
+    own = replace(
+        SETTINGS,
+        method="scores",
+        on_policy=OnPolicySettings(tracker_first=2),
+        scores=ScoreSettings(noised=2, head_layers=1),
+    )
+    mixed = replace(own, on_policy=replace(own.on_policy, trajectory_weight=0.5))
     tiny.store(out / "llamagen-trajectories", tiny.pipeline())
     tiny.store(out / "var-trajectories", tiny.pipeline(family="var"))
     ways: dict[str, tuple[int, dict[str, Any]]] = {

@@ -37,6 +37,9 @@ from distilled_decoding.training_state import Checkpoints
 
 MethodName = Literal["trajectories", "tokens", "scores"]
 
+TRACKER_FIRST: dict[MethodName, int] = {"tokens": 200, "scores": 500}
+"""How many updates the trackers alone learn in by default: those of scores have a head that begins with nothing."""
+
 
 @dataclass(frozen=True)
 class DistillSettings:
@@ -112,13 +115,16 @@ class DistillSettings:
         if self.first_update >= self.num_updates:
             raise ValueError(
                 f"of {self.num_updates} updates the first {self.first_update} are the trackers' alone "
-                "(teacher_updates), which leaves none to the student; give more, or fewer of those"
+                "(tracker_first), which leaves none to the student; give more, or fewer of those"
             )
 
     @property
     def first_update(self) -> int:
         """The update, counted from 0, in which the student begins to learn."""
-        return self.scores.teacher_updates if self.method == "scores" else 0
+        if self.method not in TRACKER_FIRST:
+            return 0
+        asked = self.on_policy.tracker_first
+        return TRACKER_FIRST[self.method] if asked is None else asked
 
     @property
     def unread(self) -> set[str]:

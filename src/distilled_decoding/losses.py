@@ -82,7 +82,9 @@ class OnPolicySettings:
     """How a student and its trackers take turns, whatever the teacher judges of what the student makes.
 
     Attributes:
-        tracker_updates: of the tracker in each update of the student.
+        tracker_first: the first updates, in which the trackers alone learn; None is the method's own number,
+            see `distill.TRACKER_FIRST`.
+        tracker_updates: of the tracker in each update.
         tracker_rate: the tracker's learning rate, in units of the student's.
         trajectory_weight: of the loss on trajectories; 0 needs none.
 
@@ -90,11 +92,14 @@ class OnPolicySettings:
         ValueError: a setting outside its range.
     """
 
+    tracker_first: int | None = None
     tracker_updates: int = 2
     tracker_rate: float = 1.0
     trajectory_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.tracker_first is not None and self.tracker_first < 0:
+            raise ValueError(f"tracker_first must be at least 0, got {self.tracker_first}")
         for name in ("tracker_updates", "tracker_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -137,7 +142,6 @@ class ScoreSettings:
     """How a student learns from the teacher's scores of its own vectors (Eq. 15 to 19).
 
     Attributes:
-        teacher_updates: the first updates, in which the trackers alone learn, from the teacher's own scores.
         noised: vectors that each of a sequence is noised to, in one pass of the tracker's network.
         head_width: of the tracker's head; 0 is the width of the features that the teacher offers.
         head_layers: in it.
@@ -146,13 +150,12 @@ class ScoreSettings:
         ValueError: a setting outside its range.
     """
 
-    teacher_updates: int = 500
     noised: int = 4
     head_width: int = 0
     head_layers: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("teacher_updates", 0), ("noised", 1), ("head_width", 0), ("head_layers", 1)):
+        for name, least in (("noised", 1), ("head_width", 0), ("head_layers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 

@@ -1,8 +1,9 @@
 """What the methods share in which a student learns from the teacher's judgement of what it makes itself.
 
-The teacher judges each position by what stands before it, and a tracker, which begins as the teacher's network, learns
-how the student makes it. Student and tracker take turns. Each of the student's starting blocks has a tracker, and all
-rows of an update have one start, since what a tracker learns from several would be their mixture.
+The teacher judges each position by what stands before it, and a tracker, which begins as the teacher's network,
+learns how the student makes it. At first the tracker learns alone, and then student and tracker take turns. Each of
+the student's starting blocks has a tracker, and all rows of an update have one start, since what a tracker learns
+from several would be their mixture.
 
 Axis letters: B batch, L tokens in a sequence, V codebook entries, C code channels.
 """
