@@ -88,19 +88,21 @@ def test_sample_writes_numbered_pngs_a_grid_and_the_evaluators_file(run, model: 
 
 def test_a_student_learns_from_tokens_without_trajectories(run, model: Path, made: Path, tmp_path: Path) -> None:
     """From the teacher, or from the student there is; what comes of it draws its tokens."""
-    words = ["distill", model, "--method", "tokens", "--num-updates", 20, "--batch-size", 2, "--start-blocks", 0]
-    code, text, _ = run(*words, "--draw-temperature", 0.8, "--tracker-updates", 1, "--out", tmp_path / "a", "--json")
+    words = ["distill", model, "--num-updates", 20, "--batch-size", 2, "--start-blocks", 0]
+    own = ["--method", "tokens", "--tracker-first", 5, "--tracker-updates", 1]
+    code, text, _ = run(*words, *own, "--draw-temperature", 0.8, "--out", tmp_path / "a", "--json")
     assert code == 0 and json.loads(text)["student_temperature"] == 0.8
     log = json.loads((tmp_path / "a" / "log.jsonl").read_text())
     assert {"total", "divergence", "entropy", "tracker", "trajectories"} < set(log)
-    plans = [json.loads(run(*words, "--method", name, "--plan", "--json")[1]) for name in ("tokens", "trajectories")]
+    plans = [json.loads(run(*words, *method, "--plan", "--json")[1]) for method in (own, [])]
     assert plans[0]["trajectories"] == 0 and plans[0]["fixed_gib"] > plans[1]["fixed_gib"]
     pictures = [tmp_path / name for name in ("drawn.png", "likeliest.png")]
     assert run("sample", tmp_path / "a", "--grid", pictures[0])[0] == 0
     assert run("sample", tmp_path / "a", "--grid", pictures[1], "--student-temperature", 0)[0] == 0
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
     words = ["distill", tmp_path / "a", "--start", "student", "--num-updates", 1, "--trajectories", made]
-    code, text, _ = run(*words, "--learning-rate", 1e-9, "--trajectory-weight", 0.5, "--out", tmp_path / "b", "--json")
+    mixed = ["--tracker-first", 0, "--trajectory-weight", 0.5, "--learning-rate", 1e-9]
+    code, text, _ = run(*words, *mixed, "--out", tmp_path / "b", "--json")
     assert code == 0 and json.loads(text)["training"]["method"] == "tokens"
     students = [Pipeline.from_pretrained(tmp_path / name).student.state_dict() for name in ("a", "b")]
     for name, value in students[0].items():
@@ -114,7 +116,7 @@ def test_a_student_learns_from_scores_without_trajectories(run, tmp_path: Path, 
     """What comes of it takes its codes from the code head, and starts again where it learnt to."""
     tiny.pipeline(family=family).save_pretrained(tmp_path / "model")
     words = ["distill", tmp_path / "model", "--method", "scores", "--start", "student", "--num-updates", 20]
-    words += ["--teacher-updates", 10, "--tracker-updates", 1, "--batch-size", 2, "--noised", 1, "--start-blocks", 0, 2]
+    words += ["--tracker-first", 10, "--tracker-updates", 1, "--batch-size", 2, "--noised", 1, "--start-blocks", 0, 2]
     plan = json.loads(run(*words, "--plan", "--json")[1])
     assert plan["trajectories"] == 0 < plan["teraflop"]
     code, text, _ = run(*words, "--out", tmp_path / "a", "--json")

@@ -19,7 +19,7 @@ from distilled_decoding.distill_scores import Scores
 from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.flow import FlowSettings
-from distilled_decoding.losses import LossWeights, ScoreSettings
+from distilled_decoding.losses import LossWeights, OnPolicySettings
 from distilled_decoding.on_policy import OnPolicy
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.store import TrajectoryStore
@@ -136,7 +136,13 @@ def test_cost_of_learning_from_ones_own_is_what_it_takes(
     pipe = tiny.pipeline(family=family)
     students, settings = (
         [pipe.new_student(0) for _ in range(3)],
-        replace(SETTINGS, method=kind.__name__.lower(), num_updates=3, batch_size=8, scores=ScoreSettings(1)),
+        replace(
+            SETTINGS,
+            method=kind.__name__.lower(),
+            num_updates=3,
+            batch_size=8,
+            on_policy=OnPolicySettings(tracker_first=1),
+        ),
     )
     checkpoints = Checkpoints(tmp_path / "model" / "checkpoints")
 

@@ -15,9 +15,9 @@ from distilled_decoding.flow import posterior_mean, posterior_means
 from distilled_decoding.losses import (
     LossWeights,
     Noised,
+    OnPolicySettings,
     ScoreLosses,
     ScoreSettings,
-    TokenSettings,
     score_loss,
     score_tracker_loss,
     unit_error,
@@ -38,7 +38,8 @@ SETTINGS = DistillSettings(
     start_blocks=(0, 2),
     bf16=False,
     ema_rate=0.9,
-    scores=ScoreSettings(teacher_updates=2, noised=2, head_width=8, head_layers=1),
+    on_policy=OnPolicySettings(tracker_first=2),
+    scores=ScoreSettings(noised=2, head_width=8, head_layers=1),
 )
 CODEBOOK = torch.tensor([[-1.0, 0.2], [0.3, 1.0], [0.9, -0.4], [0.8, 0.9]])
 LOG_P = torch.tensor([0.25, 0.25, 0.5, 0.0]).log()
@@ -211,7 +212,7 @@ def test_a_student_of_one_vector_learns_the_teachers_distribution(tmp_path: Path
         ema_rate=0.95,
         start_blocks=(0,),
         bf16=False,
-        scores=ScoreSettings(teacher_updates=40),
+        on_policy=OnPolicySettings(tracker_first=40),
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -324,7 +325,7 @@ def test_with_trajectories_noise_and_known_blocks_are_theirs_and_their_loss_is_m
     pipe = loosened(tiny.pipeline())
     shard = tiny.shard(tmp_path, pipe, 8)
     settings = replace(SETTINGS, loss=LossWeights(0.5, 1.0))
-    mixed = replace(settings, tokens=TokenSettings(trajectory_weight=0.25))
+    mixed = replace(settings, on_policy=OnPolicySettings(tracker_first=2, trajectory_weight=0.25))
     batch = method_of(pipe, mixed, shard).batch(2)
     made = method_of(pipe, mixed, shard).made(batch, known_blocks, pipe.student)
     assert torch.equal(made.token_BL[:, :known_blocks], batch.token_NL[:, :known_blocks])
@@ -378,7 +379,6 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
 
 def test_bad_settings_are_refused() -> None:
     for change, message in (
-        ({"teacher_updates": -1}, "teacher_updates must be at least 0, got -1"),
         ({"noised": 0}, "noised must be at least 1, got 0"),
         ({"head_width": -1}, "head_width must be at least 0, got -1"),
         ({"head_layers": 0}, "head_layers must be at least 1, got 0"),
@@ -386,4 +386,4 @@ def test_bad_settings_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             ScoreSettings(**change)
     with pytest.raises(ValueError, match="of 6 updates the first 500 are the trackers' alone"):
-        replace(SETTINGS, scores=ScoreSettings())
+        replace(SETTINGS, on_policy=OnPolicySettings())

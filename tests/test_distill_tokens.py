@@ -12,7 +12,15 @@ from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill
 from distilled_decoding.distill_tokens import ALL, Tokens, Tracker
 from distilled_decoding.distill_trajectories import batch_loss
-from distilled_decoding.losses import LossWeights, TokenLosses, TokenSettings, log_ratio, token_loss
+from distilled_decoding.losses import (
+    LossWeights,
+    OnPolicySettings,
+    TokenLosses,
+    TokenSettings,
+    downstream_loss,
+    log_ratio,
+    token_loss,
+)
 from distilled_decoding.sampling import Plan
 from distilled_decoding.student import StudentOutput
 from distilled_decoding.teacher import Guidance, TeacherSampling
@@ -20,14 +28,22 @@ from distilled_decoding.training_state import Checkpoints
 from tests import tiny
 
 SETTINGS = DistillSettings(
-    method="tokens", num_updates=6, batch_size=4, warmup=2, start_blocks=(0, 2), bf16=False, ema_rate=0.9
+    method="tokens",
+    num_updates=6,
+    batch_size=4,
+    warmup=2,
+    start_blocks=(0, 2),
+    bf16=False,
+    ema_rate=0.9,
+    on_policy=OnPolicySettings(tracker_first=2),
 )
 TOY = DistillSettings(
     method="tokens",
     batch_size=512,
     start_blocks=(0,),
     bf16=False,
-    tokens=TokenSettings(ratio_clamp=50.0, tracker_updates=1),
+    on_policy=OnPolicySettings(tracker_first=0, tracker_updates=1),
+    tokens=TokenSettings(ratio_clamp=50.0),
 )
 
 
@@ -155,6 +171,33 @@ def test_with_what_lies_downstream_it_is_the_gradient_of_the_joint_divergence(ro
     torch.testing.assert_close(downstream_formula(logits_ZLV, target_VV, rows), expected)
 
 
+def test_judging_later_tokens_by_all_codes_varies_less_than_by_those_drawn() -> None:
+    """Brute force over every noise and every pair of tokens: one mean, and a third of the variance."""
+    logits_ZLV, target_VV = random_logits(2).double(), joint_of(random_logits(4, seed=1)).double()
+    face_O, *tokens = torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(3)).T
+    token_OL = torch.stack(tokens, 1)
+    log_pi_OLV = logits_ZLV.log_softmax(-1)[face_O]
+    chance_O = log_pi_OLV.gather(-1, token_OL[..., None]).sum((1, 2)).exp() / 2
+    log_psi_OLV, log_p_OLV = (
+        Pairs(joint).forced_logits(token_OL, None, None).detach() for joint in (joint_of(logits_ZLV), target_VV)
+    )
+    ratio_OLV = log_psi_OLV - log_p_OLV
+
+    def loss(logits_ZLV: Tensor, face: Tensor, token_L: Tensor, divergence_L: Tensor) -> Tensor:
+        log_pi_1LV = logits_ZLV.log_softmax(-1)[face[None]]
+        return downstream_loss(log_pi_1LV, divergence_L[None], token_L[None], torch.ones(1, 2), Pairs.order, 1.0)
+
+    def moments(divergence_OL: Tensor) -> tuple[Tensor, Tensor]:
+        each = torch.vmap(torch.func.grad(loss), (None, 0, 0, 0))(logits_ZLV, face_O, token_OL, divergence_OL)
+        mean = torch.einsum("o,ozlv->zlv", chance_O, each)
+        return mean, torch.einsum("o,ozlv->", chance_O, (each - mean).square())
+
+    mean, variance = moments((log_pi_OLV.exp() * ratio_OLV).sum(-1))
+    drawn_mean, drawn_variance = moments(ratio_OLV.gather(-1, token_OL[..., None])[..., 0])
+    torch.testing.assert_close(mean, drawn_mean)
+    assert float(variance / drawn_variance) == pytest.approx(0.334, abs=0.001)
+
+
 def test_downstream_are_later_blocks_by_their_weight_and_discount() -> None:
     """Of four blocks the first is known and the third has two tokens."""
     order, chance = BlockOrder((1, 1, 2, 1)), torch.Generator().manual_seed(0)
@@ -168,8 +211,8 @@ def test_downstream_are_later_blocks_by_their_weight_and_discount() -> None:
         losses = token_loss(log_pi_BLV, log_psi_BLV, log_p_BLV, token_BL, weight_BL, order, settings)
         return torch.autograd.grad(losses.total, log_pi_BLV)[0].gather(-1, token_BL[..., None])[..., 0]
 
-    ratio_BL = (log_psi_BLV - log_p_BLV).gather(-1, token_BL[..., None])[..., 0] * weight_BL
-    third_B, fourth_B = ratio_BL[:, 2] + ratio_BL[:, 3], ratio_BL[:, 4]
+    own_BL = (log_pi_BLV.detach().exp() * log_ratio(log_psi_BLV, log_p_BLV, 5.0)).sum(-1) * weight_BL
+    third_B, fourth_B = own_BL[:, 2] + own_BL[:, 3], own_BL[:, 4]
     second_B, third_B, zero_B = 0.5 * third_B + 0.25 * fourth_B, 0.5 * fourth_B, torch.zeros(2)
     behind_BL = torch.stack([zero_B, second_B, third_B, third_B, zero_B], 1)
     torch.testing.assert_close(gradient(0.5) - gradient(0.0), behind_BL - behind_BL.flip(0))
@@ -293,7 +336,7 @@ def test_with_trajectories_noise_and_known_blocks_are_theirs_and_their_loss_is_m
     pipe = tiny.pipeline()
     shard = tiny.shard(tmp_path, pipe, 8)
     settings = replace(SETTINGS, loss=LossWeights(1.0, 0.5))
-    mixed = replace(settings, tokens=TokenSettings(trajectory_weight=0.25))
+    mixed = replace(settings, on_policy=OnPolicySettings(tracker_first=2, trajectory_weight=0.25))
     batch = method_of(pipe, mixed, shard).batch(2)
     drawn = method_of(pipe, mixed, shard).drawn(batch, known_blocks, pipe.student)
     assert torch.equal(drawn.token_BL[:, :known_blocks], batch.token_NL[:, :known_blocks])
@@ -316,7 +359,7 @@ def test_the_losses_of_parts_of_a_batch_add_up() -> None:
     pipe = tiny.pipeline()
     method = method_of(pipe, replace(SETTINGS, start_blocks=(0,), block_weights=tuple(range(16))))
     networks = {name: network for name, (network, _) in method.networks.items()}
-    for _, losses_of in method.steps(1):
+    for _, losses_of in method.steps(2):
         found = [
             torch.stack(
                 [value.detach() for value in vars(losses_of({STUDENT: pipe.student, **networks}, part)).values()]
@@ -338,35 +381,47 @@ def run(folder: Path, stop_after: int | None = None):
 
 
 def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
-    """Trackers and their optimizers included."""
+    """Trackers and their optimizers included; before the student begins, and after."""
     whole, losses = run(tmp_path / "whole")
-    stopped, first = run(tmp_path / "parts", stop_after=3)
-    assert stopped is None
-    resumed, second = run(tmp_path / "parts")
-    assert first + second == losses and tiny.same_weights(whole, resumed)
+    assert run(tmp_path / "parts", stop_after=1)[0] is None
+    assert run(tmp_path / "parts", stop_after=4)[0] is None
+    resumed, last = run(tmp_path / "parts")
+    assert last == losses[4:] and tiny.same_weights(whole, resumed)
     names = ("whole", "parts")
     one, other = ((tmp_path / name / "update-000006" / "state.safetensors").read_bytes() for name in names)
     assert one == other
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "change", "message"),
     [
-        ({"draw_temperature": 0.0}, "draw_temperature must be positive, got 0"),
-        ({"tracker_updates": 0}, "tracker_updates must be positive, got 0"),
-        ({"ratio_clamp": -1.0}, "ratio_clamp must be positive, got -1"),
-        ({"entropy_weight": torch.inf}, "entropy_weight must be finite, got inf"),
-        ({"downstream": 1.5}, "downstream must lie in 0..1, got 1.5"),
-        ({"trajectory_weight": -1.0}, "trajectory_weight must not be negative, got -1"),
+        (TokenSettings, {"draw_temperature": 0.0}, "draw_temperature must be positive, got 0"),
+        (TokenSettings, {"ratio_clamp": -1.0}, "ratio_clamp must be positive, got -1"),
+        (TokenSettings, {"entropy_weight": torch.inf}, "entropy_weight must be finite, got inf"),
+        (TokenSettings, {"downstream": 1.5}, "downstream must lie in 0..1, got 1.5"),
+        (OnPolicySettings, {"tracker_first": -1}, "tracker_first must be at least 0, got -1"),
+        (OnPolicySettings, {"tracker_updates": 0}, "tracker_updates must be positive, got 0"),
+        (OnPolicySettings, {"trajectory_weight": -1.0}, "trajectory_weight must not be negative, got -1"),
     ],
 )
-def test_bad_settings_are_refused(change: dict, message: str) -> None:
+def test_bad_settings_are_refused(kind: type, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TokenSettings(**change)
+        kind(**change)
+
+
+def test_at_first_the_trackers_alone_learn() -> None:
+    """From the student's tokens as always; how long differs between methods, and nobody waits without a tracker."""
+    method = method_of(tiny.pipeline(), replace(SETTINGS, start_blocks=(0,)))
+    names = [[name for name, _ in method.steps(update)] for update in (1, 2)]
+    assert names == [["tracker-0"] * 2, ["tracker-0"] * 2 + [STUDENT]]
+    assert method.lessons(1)[0] == method.lessons(2)[0] == method.tracker_losses
+    waiting = [DistillSettings(method=name).first_update for name in ("trajectories", "tokens", "scores")]
+    assert waiting == [0, 200, 500]
+    assert [replace(SETTINGS, method=name).first_update for name in ("trajectories", "tokens", "scores")] == [0, 2, 2]
 
 
 def test_what_needs_trajectories_says_so() -> None:
-    mixed = replace(SETTINGS, tokens=TokenSettings(trajectory_weight=1.0))
+    mixed = replace(SETTINGS, on_policy=OnPolicySettings(tracker_first=2, trajectory_weight=1.0))
     with pytest.raises(ValueError, match="trajectory weight of 1.0 needs trajectories"):
         method_of(tiny.pipeline(), mixed)
     with pytest.raises(ValueError, match="unknown method 'token'; choose one of trajectories, tokens"):

@@ -24,7 +24,7 @@ from distilled_decoding import distill as distill_module
 from distilled_decoding import pipeline as pipeline_module
 from distilled_decoding.distill import DistillSettings, Update, distill
 from distilled_decoding.distill_trajectories import Trajectories
-from distilled_decoding.losses import ScoreSettings, TokenSettings
+from distilled_decoding.losses import OnPolicySettings, ScoreSettings
 from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.pipeline import Pipeline
@@ -110,7 +110,7 @@ def train(
         new, table, way = pipe.new_student(0), tiny.CLASSES, RunSettings(**run)
         method: Any = Trajectories(pipe.teacher, store, table, settings, 2)
         if kind := ON_POLICY.get(settings.method):
-            mixed = store if settings.tokens.trajectory_weight else None
+            mixed = store if settings.on_policy.trajectory_weight else None
             method = kind(pipe.teacher, pipe.new_tracker, table, tiny.SAMPLING, settings, mixed)
         student = distill(method, new, checkpoints, on_update, way)
     result = {"losses": losses, "seen": store.seen, "finished": student is not None}
@@ -173,8 +173,8 @@ def compare_more_worlds(out: Path) -> None:
 
 def compare_worlds_of_tokens(out: Path) -> None:
     """Token matching on one and two processes, in parts, mixed with trajectories, sharded."""
-    own = replace(SETTINGS, method="tokens")
-    mixed = replace(own, tokens=TokenSettings(trajectory_weight=0.5))
+    own = replace(SETTINGS, method="tokens", on_policy=OnPolicySettings(tracker_first=2))
+    mixed = replace(own, on_policy=replace(own.on_policy, trajectory_weight=0.5))
     for family in ("llamagen", "var"):
         tiny.store(out / f"{family}-trajectories", tiny.pipeline(family=family))
     ways: dict[str, tuple[int, dict[str, Any]]] = {
@@ -193,8 +193,13 @@ def compare_worlds_of_tokens(out: Path) -> None:
 
 def compare_worlds_of_scores(out: Path) -> None:
     """Score distillation on one and two processes, in parts, mixed with trajectories, sharded."""
-    own = replace(SETTINGS, method="scores", scores=ScoreSettings(teacher_updates=2, noised=2, head_layers=1))
-    mixed = replace(own, tokens=TokenSettings(trajectory_weight=0.5))
+    own = replace(
+        SETTINGS,
+        method="scores",
+        on_policy=OnPolicySettings(tracker_first=2),
+        scores=ScoreSettings(noised=2, head_layers=1),
+    )
+    mixed = replace(own, on_policy=replace(own.on_policy, trajectory_weight=0.5))
     tiny.store(out / "llamagen-trajectories", tiny.pipeline())
     tiny.store(out / "var-trajectories", tiny.pipeline(family="var"))
     ways: dict[str, tuple[int, dict[str, Any]]] = {

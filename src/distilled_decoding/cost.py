@@ -197,7 +197,7 @@ def distillation_cost(
             counts.append((num_updates, step(student, trajectory_losses)))
         else:
             networks = {STUDENT: student, tracker_name(0): trackers[0]}
-            first, each = settings.first_update, settings.tokens.tracker_updates
+            first, each = settings.first_update, settings.on_policy.tracker_updates
             for update, updates in [(0, first)] * (first > 0) + [(first, num_updates - first)]:
                 lesson, students = method.lessons(update)
                 counts.append((updates * each, step(trackers[0], partial(lesson, shard, 0, networks, part))))

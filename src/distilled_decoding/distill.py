@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distilled_decoding.blocks import BlockOrder
-from distilled_decoding.losses import Losses, LossWeights, ScoreSettings, TokenSettings
+from distilled_decoding.losses import Losses, LossWeights, OnPolicySettings, ScoreSettings, TokenSettings
 from distilled_decoding.noise import image_keys, shuffled, uniform
 from distilled_decoding.parallel import (
     RunSettings,
@@ -37,8 +37,8 @@ from distilled_decoding.training_state import Checkpoints
 
 MethodName = Literal["trajectories", "tokens", "scores"]
 
-_SHARED = {"tracker_updates", "tracker_rate", "trajectory_weight"}
-"""Of the settings of tokens, those that the method `scores` reads, too."""
+TRACKER_FIRST: dict[MethodName, int] = {"tokens": 200, "scores": 500}
+"""How many updates the trackers alone learn in by default: those of scores have a head that begins with nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ class DistillSettings:
         method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of the `tokens` that it
             draws itself, or of its own vectors, by `scores`.
         loss: weights of the parts of the loss on trajectories.
-        tokens: of the method `tokens`, and as far as they say so of `scores`.
-        scores: of the method `scores`.
+        on_policy: of the methods `tokens` and `scores`.
+        tokens: of the method `tokens` alone.
+        scores: of the method `scores` alone.
         bf16: run what is trained under bfloat16 autocast.
         compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
         seed: of the training order, the starting blocks and, without trajectories, the noise.
@@ -81,6 +82,7 @@ class DistillSettings:
     block_weights: tuple[float, ...] = ()
     method: MethodName = "trajectories"
     loss: LossWeights = field(default_factory=LossWeights)
+    on_policy: OnPolicySettings = field(default_factory=OnPolicySettings)
     tokens: TokenSettings = field(default_factory=TokenSettings)
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     bf16: bool = True
@@ -113,21 +115,26 @@ class DistillSettings:
         if self.first_update >= self.num_updates:
             raise ValueError(
                 f"of {self.num_updates} updates the first {self.first_update} are the trackers' alone "
-                "(teacher_updates), which leaves none to the student; give more, or fewer of those"
+                "(tracker_first), which leaves none to the student; give more, or fewer of those"
             )
 
     @property
     def first_update(self) -> int:
         """The update, counted from 0, in which the student begins to learn."""
-        return self.scores.teacher_updates if self.method == "scores" else 0
+        if self.method not in TRACKER_FIRST:
+            return 0
+        asked = self.on_policy.tracker_first
+        return TRACKER_FIRST[self.method] if asked is None else asked
 
     @property
     def unread(self) -> set[str]:
         """Names of the settings of losses that the method does not look at."""
-        kinds = (LossWeights, TokenSettings, ScoreSettings)
-        loss, tokens, scores = ({each.name for each in fields(kind)} for kind in kinds)
-        read = {"trajectories": loss, "tokens": tokens, "scores": scores | _SHARED}[self.method]
-        return (loss | tokens | scores) - read - (loss if self.tokens.trajectory_weight > 0 else set())
+        kinds = (LossWeights, OnPolicySettings, TokenSettings, ScoreSettings)
+        loss, on_policy, tokens, scores = ({each.name for each in fields(kind)} for kind in kinds)
+        read = {"trajectories": loss, "tokens": on_policy | tokens, "scores": on_policy | scores}[self.method]
+        if self.on_policy.trajectory_weight > 0:
+            read |= loss
+        return (loss | on_policy | tokens | scores) - read
 
     def check(self, order: BlockOrder, split_block: int) -> None:
         """Compare with the teacher's blocks.

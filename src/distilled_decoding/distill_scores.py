@@ -234,7 +234,7 @@ class Scores(OnPolicy):
             with torch.no_grad():
                 known_BKC = self.predict(student, noise_BLC[:, :num_known], condition, 0, 0).code_BLC
         x_BLC = torch.cat([known_BKC, noise_BLC[:, num_known:]], 1)
-        num_logits = None if self.settings.tokens.trajectory_weight > 0 else 0
+        num_logits = None if self.settings.on_policy.trajectory_weight > 0 else 0
         output = self.predict(student, x_BLC, condition, known_blocks, num_logits)
         code_BLC = torch.cat([known_BKC, output.code_BLC[:, num_known:]], 1)
         return Made(output, code_BLC, nearest(code_BLC.detach(), codebook_VC), condition, key_B)

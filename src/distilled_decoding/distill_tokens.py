@@ -70,9 +70,9 @@ class Tokens(OnPolicy):
         """See `OnPolicy`."""
         return Tracker(self.new_tracker())
 
-    def lessons(self, update: int) -> tuple[Lesson, Lesson]:
+    def lessons(self, update: int) -> tuple[Lesson, Lesson | None]:
         """See `OnPolicy`."""
-        return self.tracker_losses, self.student_losses
+        return self.tracker_losses, None if update < self.settings.first_update else self.student_losses
 
     def tracker_losses(
         self, begun: Shard, known_blocks: int, forwards: Mapping[str, Forward], part: slice = ALL

@@ -78,18 +78,45 @@ class TrajectoryLosses(Losses):
 
 
 @dataclass(frozen=True)
+class OnPolicySettings:
+    """How a student and its trackers take turns, whatever the teacher judges of what the student makes.
+
+    Attributes:
+        tracker_first: the first updates, in which the trackers alone learn; None is the method's own number,
+            see `distill.TRACKER_FIRST`.
+        tracker_updates: of the tracker in each update.
+        tracker_rate: the tracker's learning rate, in units of the student's.
+        trajectory_weight: of the loss on trajectories; 0 needs none.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    tracker_first: int | None = None
+    tracker_updates: int = 2
+    tracker_rate: float = 1.0
+    trajectory_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tracker_first is not None and self.tracker_first < 0:
+            raise ValueError(f"tracker_first must be at least 0, got {self.tracker_first}")
+        for name in ("tracker_updates", "tracker_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.trajectory_weight < math.inf:
+            raise ValueError(f"trajectory_weight must not be negative, got {self.trajectory_weight}")
+
+
+@dataclass(frozen=True)
 class TokenSettings:
     """How a student learns from the teacher's judgement of its own tokens (Eq. 10, 11, 12, 14).
 
     Attributes:
         draw_temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
         ratio_clamp: largest log-ratio of tracker and teacher, either way; codes that the teacher never samples have it.
-        tracker_updates: of the tracker in each update of the student; for the method `scores`, too, as the next.
-        tracker_rate: its learning rate, in units of the student's.
         entropy_weight: of the entropy of the student's tokens; what is positive makes it surer, what is negative less.
         downstream: how much a token is also judged by the blocks behind it: a block counts this number of times as much
             as the one before; 0 judges each token by itself alone, 1 weighs all blocks alike.
-        trajectory_weight: of the loss on trajectories; 0 needs none. For `scores`, too.
 
     Raises:
         ValueError: a setting outside its range.
@@ -97,22 +124,17 @@ class TokenSettings:
 
     draw_temperature: float = 1.0
     ratio_clamp: float = 5.0
-    tracker_updates: int = 2
-    tracker_rate: float = 1.0
     entropy_weight: float = 0.0
     downstream: float = 0.0
-    trajectory_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("draw_temperature", "ratio_clamp", "tracker_updates", "tracker_rate"):
+        for name in ("draw_temperature", "ratio_clamp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not math.isfinite(self.entropy_weight):
             raise ValueError(f"entropy_weight must be finite, got {self.entropy_weight}")
         if not 0 <= self.downstream <= 1:
             raise ValueError(f"downstream must lie in 0..1, got {self.downstream}; 0 is without")
-        if not 0 <= self.trajectory_weight < math.inf:
-            raise ValueError(f"trajectory_weight must not be negative, got {self.trajectory_weight}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +142,6 @@ class ScoreSettings:
     """How a student learns from the teacher's scores of its own vectors (Eq. 15 to 19).
 
     Attributes:
-        teacher_updates: the first updates, in which the trackers alone learn, from the teacher's own scores.
         noised: vectors that each of a sequence is noised to, in one pass of the tracker's network.
         head_width: of the tracker's head; 0 is the width of the features that the teacher offers.
         head_layers: in it.
@@ -129,13 +150,12 @@ class ScoreSettings:
         ValueError: a setting outside its range.
     """
 
-    teacher_updates: int = 500
     noised: int = 4
     head_width: int = 0
     head_layers: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("teacher_updates", 0), ("noised", 1), ("head_width", 0), ("head_layers", 1)):
+        for name, least in (("noised", 1), ("head_width", 0), ("head_layers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -279,31 +299,31 @@ def token_loss(
         settings: clamp, weights and discount.
     """
     pi_BLV, ratio_BLV = log_pi_BLV.exp(), log_ratio(log_psi_BLV, log_p_BLV, settings.ratio_clamp)
-    divergence = ((pi_BLV * ratio_BLV.detach()).sum(-1) * weight_BL).sum()
+    divergence_BL = (pi_BLV * ratio_BLV.detach()).sum(-1) * weight_BL
+    divergence = divergence_BL.sum()
     entropy = -((pi_BLV * log_pi_BLV).sum(-1) * weight_BL).sum()
     total = divergence + settings.entropy_weight * entropy
     if settings.downstream > 0:
-        total = total + downstream_loss(log_pi_BLV, ratio_BLV, token_BL, weight_BL, order, settings.downstream)
+        total = total + downstream_loss(log_pi_BLV, divergence_BL, token_BL, weight_BL, order, settings.downstream)
     tracker = tracker_loss(log_psi_BLV, token_BL, weight_BL).detach()
     return TokenLosses(total, total.new_zeros(()), divergence, entropy, tracker)
 
 
 def downstream_loss(
-    log_pi_BLV: Tensor, ratio_BLV: Tensor, token_BL: Tensor, weight_BL: Tensor, order: BlockOrder, discount: float
+    log_pi_BLV: Tensor, divergence_BL: Tensor, token_BL: Tensor, weight_BL: Tensor, order: BlockOrder, discount: float
 ) -> Tensor:
     """The part of the loss that judges each token by what came behind it, compared with other rows (Eq. 14), a scalar.
 
     Args:
-        log_pi_BLV: see `token_loss`, like the next four.
-        ratio_BLV: log-ratios, see `log_ratio`.
+        log_pi_BLV: see `token_loss`, like token_BL, weight_BL and order.
+        divergence_BL: what each token adds to the divergence, by its weight; no gradients flow to it.
         token_BL: tokens.
         weight_BL: weights.
         order: blocks.
         discount: see `TokenSettings.downstream`, positive.
     """
     chosen_BL1, (rows, _), block_L = token_BL.unsqueeze(-1), token_BL.shape, order.block_L(token_BL.device)
-    own_BL = ratio_BLV.detach().gather(-1, chosen_BL1).squeeze(-1) * weight_BL
-    own_BS = own_BL.new_zeros(rows, order.num_blocks).index_add(1, block_L, own_BL)
+    own_BS = divergence_BL.new_zeros(rows, order.num_blocks).index_add(1, block_L, divergence_BL.detach())
     block_S = torch.arange(order.num_blocks, device=block_L.device)
     discount_SS = (discount ** (block_S - block_S[:, None]).abs()).triu(1)
     behind_BS = own_BS @ discount_SS.mT.to(own_BS)

@@ -1,8 +1,9 @@
 """What the methods share in which a student learns from the teacher's judgement of what it makes itself.
 
-The teacher judges each position by what stands before it, and a tracker, which begins as the teacher's network, learns
-how the student makes it. Student and tracker take turns. Each of the student's starting blocks has a tracker, and all
-rows of an update have one start, since what a tracker learns from several would be their mixture.
+The teacher judges each position by what stands before it, and a tracker, which begins as the teacher's network,
+learns how the student makes it. At first the tracker learns alone, and then student and tracker take turns. Each of
+the student's starting blocks has a tracker, and all rows of an update have one start, since what a tracker learns
+from several would be their mixture.
 
 Axis letters: B batch, L tokens in a sequence, V codebook entries, C code channels.
 """
@@ -70,11 +71,11 @@ class OnPolicy:
     image_distance: ImageDistance | None = None
 
     def __post_init__(self) -> None:
-        settings = self.settings
+        settings, trajectory_weight = self.settings, self.settings.on_policy.trajectory_weight
         settings.check(self.teacher.order, self.split_block)
-        if settings.tokens.trajectory_weight > 0 and self.trajectories is None:
-            raise ValueError(f"a trajectory weight of {settings.tokens.trajectory_weight} needs trajectories")
-        if self.image_distance is None and settings.tokens.trajectory_weight * settings.loss.perceptual_weight > 0:
+        if trajectory_weight > 0 and self.trajectories is None:
+            raise ValueError(f"a trajectory weight of {trajectory_weight} needs trajectories")
+        if self.image_distance is None and trajectory_weight * settings.loss.perceptual_weight > 0:
             raise ValueError(f"a perceptual weight of {settings.loss.perceptual_weight} needs an image distance")
 
     @property
@@ -93,13 +94,13 @@ class OnPolicy:
     @cached_property
     def networks(self) -> Mapping[str, tuple[nn.Module, float]]:
         """A tracker for each starting block."""
-        rate = self.settings.tokens.tracker_rate * self.settings.learning_rate
+        rate = self.settings.on_policy.tracker_rate * self.settings.learning_rate
         return {tracker_name(start): (self.tracker(), rate) for start in self.settings.start_blocks}
 
     def steps(self, update: int) -> Iterator[tuple[str, LossesOf]]:
         """See `distill.Method`: the tracker's steps and then the student's, each on a batch of its own."""
         known_blocks = int(start_blocks_of(update, self.settings)[0])
-        batches = self.settings.tokens.tracker_updates + 1
+        batches = self.settings.on_policy.tracker_updates + 1
         *tracked, last = range(update * batches, (update + 1) * batches)
         trackers, students = self.lessons(update)
         for number in tracked:
@@ -172,7 +173,7 @@ class OnPolicy:
             known_blocks: of all rows.
             part: which rows of the update they are.
         """
-        weight = self.settings.tokens.trajectory_weight
+        weight = self.settings.on_policy.trajectory_weight
         if weight == 0:
             return losses
         known_blocks_B = self._known_blocks_B(known_blocks)

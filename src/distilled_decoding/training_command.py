@@ -161,7 +161,7 @@ def _resolved(
             f"taken, and not those of --split-block {split_block}; leave it out"
         )
     settings.check(pipeline.teacher.order, split_block)
-    weight = settings.loss.perceptual_weight * (settings.tokens.trajectory_weight if trained else 1)
+    weight = settings.loss.perceptual_weight * (settings.on_policy.trajectory_weight if trained else 1)
     if (perceptual == "none") != (weight == 0):
         raise ValueError(
             f"--perceptual {perceptual} does not fit a perceptual weight of {weight}; give both or neither"
