@@ -1,5 +1,6 @@
 """The commands on a toy pipeline: outputs, going on, and one sentence for every mistake."""
 
+import dataclasses
 import json
 import os
 import re
@@ -109,6 +110,16 @@ def test_a_student_learns_from_tokens_without_trajectories(run, model: Path, mad
         torch.testing.assert_close(value, students[1][name], rtol=0, atol=1e-6)
     code, text, _ = run(*words, "--method", "trajectories", "--out", tmp_path / "c", "--json")
     assert code == 0 and json.loads(text)["student_temperature"] == 0
+
+
+def test_new_starts_leave_the_weights_of_the_models_own(run, tmp_path: Path) -> None:
+    pipeline = tiny.pipeline()
+    training = dataclasses.replace(pipeline.config.training, start_blocks=(0, 4), start_weights=(0.7, 0.3))
+    config = dataclasses.replace(pipeline.config, training=training)
+    Pipeline(pipeline.teacher, pipeline.student, config).save_pretrained(tmp_path / "model")
+    words = ["distill", tmp_path / "model", "--plan"]
+    assert run(*words, "--start-blocks", 0)[0] == 0
+    assert run(*words, "--start-blocks", 0, "--start-weights", 0.7, 0.3)[0] == 2
 
 
 @pytest.mark.parametrize("family", ["llamagen", "var"])

@@ -1,5 +1,6 @@
 """The command line: arguments in, printing out. `distilled-decoding COMMAND --help` explains each command."""
 
+import dataclasses
 import json as json_format
 import sys
 import warnings
@@ -474,8 +475,11 @@ def _load(model: str, device: str, dtype: DType = "float32", compile: bool = Fal
 
 
 def _training(pipeline: Pipeline, flags: Any) -> DistillSettings:
-    training = override(pipeline.config.training, flags)
-    if unread := sorted(given_names(flags) & training.unread):
+    trained, given = pipeline.config.training, given_names(flags)
+    if "start_blocks" in given:  # the model's weights belong to the model's starts
+        trained = dataclasses.replace(trained, start_weights=())
+    training = override(trained, flags)
+    if unread := sorted(given & training.unread):
         way_out = "give a --trajectory-weight, too" if hasattr(training.loss, unread[0]) else "leave it out"
         flag = unread[0].replace("_", "-")
         raise ValueError(f"--{flag} changes nothing with --method {training.method}; {way_out}")
