@@ -31,7 +31,8 @@ class Settings:
     teacher: Path | None = None
     retriever: Path | None = None
     student: Path | None = None
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.25
+    top_p: float = 0.3
     start_blocks: tuple[int, ...] = (0, 8, 20, 36)
     split_block: int = 64
     micro_batch: int = 250
@@ -55,7 +56,7 @@ def main(settings: Settings) -> None:
         config = PipelineConfig(
             family="llamagen",
             class_names=(),
-            sampling=TeacherSampling(settings.guidance_scale),
+            sampling=TeacherSampling(settings.guidance_scale, top_p=settings.top_p),
             flow=FlowSettings(num_steps=20),
             start_blocks=settings.start_blocks,
             split_block=settings.split_block,
