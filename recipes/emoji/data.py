@@ -2,7 +2,7 @@
 
 Every picture lies on white, 32 px. Names are those of Unicode's CLDR ("grinning face with big eyes"), skin tones are
 left out, and so are the few names that do not fit the generator's captions. The generator learns two sets, Noto
-("red apple") and Fluent 3D ("red apple, 3d"); the network that judges alignment learns these and two more, and is
+("red apple") and Fluent 3D ("red apple, 3d"); the network that judges alignment learns these and three more, and is
 judged itself on Twemoji, which it never sees.
 
 Axis letters: N pictures, H W image, R random numbers or places.
@@ -36,6 +36,7 @@ PACKAGES = {
     "fluent-flat": "@lobehub/fluent-emoji-flat@1.1.0",
     "openmoji": "openmoji@17.0.0",
     "twemoji": "emoji-datasource-twitter@16.0.0",
+    "emojione": "emojione@2.2.7",
 }
 STYLES = {"noto": "", "fluent-3d": ", 3d"}
 """The sets that the generator learns, and what its captions say behind the name."""
@@ -103,8 +104,8 @@ def _package(name: str, folder: Path) -> dict[str, bytes]:
         subprocess.run(["npm", "pack", "--silent", name], cwd=folder, check=True)
         found = list(folder.glob("*.tgz"))
     kinds = (".png", ".webp", ".svg", ".json")
-    # Many pictures in one; OpenMoji's sources, and its pictures without colour.
-    others = ("/sheets", "/src/", "/black/")
+    # Many pictures in one; OpenMoji's sources; pictures without colour.
+    others = ("/sheets", "/src/", "/black/", "_bw/")
     with tarfile.open(found[0]) as archive:
         files = [m for m in archive if m.isfile() and m.name.endswith(kinds)]
         wanted = [m for m in files if not any(other in m.name for other in others)]
