@@ -145,11 +145,13 @@ def effnet_lite0_extractor(device: torch.device | str = "cpu") -> Extractor:
     Raises:
         ValueError: its packages are not installed.
     """
-    network = load_effnet_lite0(device)
+    # Channels last, its convolutions take less than two thirds of the time on a CPU.
+    network = load_effnet_lite0(device).to(memory_format=torch.channels_last)
 
     def scores(image_BCHW: Tensor) -> Scores:
         size = (_EFFNET_SIZE, _EFFNET_SIZE)
         image_BCHW = F.interpolate(image_BCHW.expand(-1, 3, -1, -1), size, mode="bilinear", antialias=True)
+        image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
         feature_BD = network.extract_features((image_BCHW - 127) / 128).mean((2, 3))
         return Scores(feature_BD, network._fc(feature_BD))
 
