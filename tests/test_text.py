@@ -119,7 +119,9 @@ def same(one: Captions, other: Captions) -> bool:
 def test_what_is_saved_is_loaded_in_float32_from_two_folders_or_one(encoder: TextEncoder, tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"text_encoder", "text_tokenizer"}
-    assert not any(path.suffix in (".bin", ".pt") for path in tmp_path.rglob("*"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(path.suffix in (".bin", ".pt") for path in files)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files), "readable by all who use an installed package"
     loaded = TextEncoder.from_pretrained(tmp_path, MAX_TOKENS)
     assert loaded.identity == encoder.identity and loaded.width == encoder.width
     assert same(loaded.encode(["red", ""]), encoder.encode(["red", ""]))

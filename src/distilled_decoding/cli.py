@@ -334,7 +334,7 @@ def evaluate(
             captions), or inception, whose distance is FID.
         reference: the real images: a .npz as the ADM evaluator reads, a folder of images, or a reference.safetensors of
             an earlier evaluation; by default the test images of the shipped models, for models of captions
-            the real emoji that the shipped recipe trains on.
+            every second of the real emoji that the shipped recipe trains on.
         inception_weights: file of Inception's weights.
         device: cpu, cuda, cuda:1 ... or mps.
         dtype: of the transformers.

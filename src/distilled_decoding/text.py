@@ -93,6 +93,10 @@ class TextEncoder:
         with _quiet(_transformers()):
             self.encoder.save_pretrained(Path(folder) / ENCODER)
             self.tokenizer.save_pretrained(Path(folder) / TOKENIZER)
+        # transformers leaves weights to their owner alone, which an installed package must not.
+        for name in (ENCODER, TOKENIZER):
+            for path in (Path(folder) / name).iterdir():
+                path.chmod(0o644)
 
     @property
     def width(self) -> int:

@@ -56,7 +56,7 @@ def reference() -> Reference:
 
 
 def emoji_reference(features: Extractor, image_shape: tuple[int, ...]) -> Reference:
-    """The real emoji, those that the recipe trains on, of a shape that they have; measured anew in any features."""
+    """Every second of the real emoji that the recipe trains on, of a shape they have; measured anew in any features."""
     real = emoji(image_shape)
     assert real is not None, image_shape
     return make_reference(features, real.image_NCHW.split(_BATCH), "real emoji")
