@@ -1,8 +1,8 @@
 """Put trained components together: python -m recipes.emoji.assemble --data DIR --out DIR --tokenizer DIR ...
 
 Writes `emoji-t2i` as the package ships it: the teacher with its text encoder from their folders, or, with --student,
-the whole pipeline that `distill` wrote; and, with --retriever, `emoji-features`, the real pictures and what judges
-alignment.
+the whole pipeline that `distill` wrote; and, with --retriever, `emoji-features`, half of the real pictures and what
+judges alignment.
 """
 
 import shutil

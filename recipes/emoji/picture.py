@@ -1,4 +1,4 @@
-"""The picture of the README: python -m recipes.emoji.picture --out FILE; a column has one caption and one noise."""
+"""A picture of sixteen captions: python -m recipes.emoji.picture --out FILE; a column has one caption and one noise."""
 
 from pathlib import Path
 

@@ -1,13 +1,14 @@
 """Train the network that retrieves names: python -m recipes.emoji.train_retriever --data DIR --out DIR.
 
 It learns five sets of pictures, each moved and painted over a little, and is measured on Twemoji, of which it has seen
-none. Its settings were chosen with --left-out openmoji, on that set.
+none. Settings are to be chosen on a set that --left-out keeps from it, not on Twemoji.
 
 Axis letters: B batch, C image channels, H W image.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from recipes.emoji.data import load, moved, normalise
 from recipes.fashion_mnist.data import batch
 from recipes.training import cosine, run, start
 
-SETS = ("noto", "fluent-3d", "fluent-flat", "openmoji", "emojione")
+SetName = Literal["noto", "fluent-3d", "fluent-flat", "openmoji", "emojione"]
+SETS: tuple[SetName, ...] = get_args(SetName)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Settings:
     batch_size: int = 96
     learning_rate: float = 2e-3
     label_smoothing: float = 0.1
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[SetName, ...] = ()
     seed: int = 0
 
 
