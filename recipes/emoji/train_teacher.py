@@ -2,8 +2,8 @@
 
 The text encoder is a small T5 that reads bytes. It first learns alone to find the picture of a caption among those of a
 batch; then both learn together. Every picture is encoded once in each of a few variants, see `data.moved`; captions are
-dropped for guidance, and up to half of the tokens that a picture's next one is told from are wrong. At last both learn
-on with fewer wrong ones, which makes the details sharp.
+dropped for guidance, and up to half of the tokens that a picture's next one is told from are wrong; in the second half
+of the training fewer are, which makes the details sharp.
 
 Axis letters: B batch, L tokens in a sequence, N sequences, C code channels, E width of the common sphere.
 """
@@ -38,15 +38,13 @@ class Settings:
     data: Path
     out: Path
     tokenizer: Path
-    num_steps: int = 3500
+    num_steps: int = 4500
     batch_size: int = 64
     learning_rate: float = 2e-3
     muon_learning_rate: float = 4e-3
     caption_dropout: float = 0.1
     wrong_tokens: float = 0.5
-    finish_steps: int = 2500
-    finish_rate: float = 0.5
-    finish_wrong_tokens: float = 0.2
+    late_wrong_tokens: float = 0.2
     variants: int = 2
     dim: int = 160
     num_layers: int = 6
@@ -166,7 +164,9 @@ def main(settings: Settings) -> None:
     }
     peaks = (settings.muon_learning_rate, settings.learning_rate, settings.learning_rate, settings.text_learning_rate)
 
-    def update(step: int, rate: float, wrong_tokens: float) -> dict[str, float]:
+    def update(step: int) -> dict[str, float]:
+        rate = cosine(step, settings.num_steps, 1.0, 100)
+        wrong_tokens = settings.wrong_tokens if 2 * step < settings.num_steps else settings.late_wrong_tokens
         all_groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
         for group, peak in zip(all_groups, peaks, strict=True):
             group["lr"] = rate * peak
@@ -190,18 +190,8 @@ def main(settings: Settings) -> None:
             optimizer.step()
         return {"loss": loss.item()}
 
-    def first(step: int) -> dict[str, float]:
-        return update(step, cosine(step, settings.num_steps, 1.0, 100), settings.wrong_tokens)
-
-    def last(step: int) -> dict[str, float]:
-        rate = cosine(step, settings.finish_steps, settings.finish_rate, 100)
-        return update(settings.num_steps + step, rate, settings.finish_wrong_tokens)
-
     model.train()
-    seconds = run("teacher", settings.out, settings.num_steps, modules, optimizers, first)
-    finish = settings.out / "finish"
-    finish.mkdir(exist_ok=True)
-    seconds += run("finish", finish, settings.finish_steps, modules, optimizers, last)
+    seconds = run("teacher", settings.out, settings.num_steps, modules, optimizers, update)
     save_component(settings.out / "transformer", model.eval(), model.config, torch.float16)
     TextEncoder(text.encoder.half(), text.tokenizer, MAX_TOKENS).save_pretrained(settings.out)
     save_json(settings.out / "measured.json", {"text_seconds": text_seconds, "seconds": seconds})

@@ -1,7 +1,7 @@
 """Train the tokenizer: python -m recipes.emoji.train_tokenizer --data DIR --out DIR.
 
-The losses of `fashion_mnist` without a perceptual distance: emoji are flat colours with sharp edges, which L1 and a
-patch discriminator keep.
+L1 + L2 and the codebook's losses alone: what makes the pictures sharp is learnt by the decoder later, see
+`train_decoder`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from distilled_decoding.checkpoint import save_component, save_json
 from distilled_decoding.families.llamagen.tokenizer import TokenizerConfig, VQTokenizer
 from recipes.emoji.data import STYLES, load, moved, normalise
 from recipes.fashion_mnist.data import batch
-from recipes.fashion_mnist.train_tokenizer import discriminator, fooling_loss, quantise_grid, revive, train_critic
+from recipes.fashion_mnist.train_tokenizer import quantise_grid, revive
 from recipes.training import cosine, run, start
 
 
@@ -26,10 +26,9 @@ class Settings:
 
     data: Path
     out: Path
-    num_steps: int = 3000
+    num_steps: int = 2000
     batch_size: int = 32
     learning_rate: float = 6e-4
-    adversarial_weight: float = 0.1
     codebook_size: int = 1024
     seed: int = 0
 
@@ -41,19 +40,13 @@ def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     ch_mult = (1, 1, 2)
     sizes = {"num_res_blocks": 1, "z_channels": 64, "codebook_size": settings.codebook_size, "code_dim": 8}
-    tokenizer, critic = VQTokenizer(TokenizerConfig(3, 32, ch_mult, ch_mult, **sizes)), discriminator(3)
-    tokenizer.to(memory_format=torch.channels_last)
-    optimizers = {
-        "tokenizer_optimizer": torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4),
-        "critic_optimizer": torch.optim.AdamW(critic.parameters(), betas=(0.5, 0.9), weight_decay=1e-4),
-    }
+    tokenizer = VQTokenizer(TokenizerConfig(3, 32, ch_mult, ch_mult, **sizes)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
     pictures, image_N3HW = load(settings.data)
     image_N3HW = image_N3HW[[p.set in STYLES and p.split == "train" for p in pictures]]
 
     def update(step: int) -> dict[str, float]:
-        learning_rate = cosine(step, settings.num_steps, settings.learning_rate, 200)
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0]["lr"] = cosine(step, settings.num_steps, settings.learning_rate, 200)
         index = batch(step, settings.batch_size, len(image_N3HW), settings.seed)
         x = moved(normalise(image_N3HW[index]), index % 2, settings.seed * 1_000_003 + step)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -61,23 +54,15 @@ def main(settings: Settings) -> None:
         found = quantise_grid(tokenizer, z)
         y = tokenizer.decode_features(found.z_BChw)
         pixels = F.l1_loss(y, x) + F.mse_loss(y, x)
-        losses = {"pixels": pixels.item(), "codebook": found.loss.item()}
-        loss = pixels
-        adversarial = step >= settings.num_steps // 2
-        if adversarial:
-            last = tokenizer.decoder.conv_out.weight
-            loss = loss + settings.adversarial_weight * fooling_loss(loss, critic, y, last)
-        optimizers["tokenizer_optimizer"].zero_grad()
-        (loss + found.loss).backward()
+        optimizer.zero_grad()
+        (pixels + found.loss).backward()
         nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
-        optimizers["tokenizer_optimizer"].step()
-        if adversarial:
-            losses["critic"] = train_critic(critic, optimizers["critic_optimizer"], x, y)
+        optimizer.step()
         if step % 25 == 0 and step < settings.num_steps // 2:
             revive(tokenizer, found, step)
-        return losses | {"codes_in_batch": len(found.token_N.unique())}
+        return {"pixels": pixels.item(), "codebook": found.loss.item(), "codes_in_batch": len(found.token_N.unique())}
 
-    modules = {"tokenizer": tokenizer, "critic": critic}
+    modules, optimizers = {"tokenizer": tokenizer}, {"tokenizer_optimizer": optimizer}
     seconds = run("tokenizer", settings.out, settings.num_steps, modules, optimizers, update)
     save_component(settings.out / "tokenizer", tokenizer.eval(), tokenizer.config, torch.float16)
     save_json(settings.out / "measured.json", {"seconds": seconds})
