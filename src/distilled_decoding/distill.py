@@ -62,7 +62,7 @@ class DistillSettings:
         on_policy: of the methods `tokens` and `scores`.
         tokens: of the method `tokens` alone.
         scores: of the method `scores` alone.
-        bf16: run what is trained under bfloat16 autocast.
+        bf16: run student, trackers and teacher under bfloat16 autocast.
         compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
         seed: of the training order, the starting blocks and, without trajectories, the noise.
 

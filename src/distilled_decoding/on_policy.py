@@ -145,15 +145,21 @@ class OnPolicy:
         with torch.autocast(x_BLC.device.type, torch.bfloat16, enabled=self.settings.bf16):
             return student(x_BLC, condition, known_blocks_B, num_logits)
 
-    def track(self, tracker: Forward, *inputs: Any) -> Tensor:
-        """A pass of a tracker."""
+    @cached_property
+    def _teacher_pass(self) -> Forward:
+        """Its logits, compiled like the networks that are trained."""
+        return torch.compile(self.teacher.forced_logits) if self.settings.compile else self.teacher.forced_logits
+
+    def track(self, judge: Forward, *inputs: Any) -> Tensor:
+        """A pass of a tracker or the teacher."""
         with torch.autocast(self.teacher.codebook.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            return tracker(*inputs)
+            return judge(*inputs)
 
     @torch.no_grad()
     def judged(self, token_BL: Tensor, condition: Condition) -> Tensor:
         """The teacher's log p of every token given the blocks before its own, float32 [B, L, V]."""
-        return log_probabilities(self.teacher.forced_logits(token_BL, condition, self.sampling.guidance), self.sampling)
+        logits_BLV = self.track(self._teacher_pass, token_BL, condition, self.sampling.guidance)
+        return log_probabilities(logits_BLV.float(), self.sampling)
 
     def weights(self, known_blocks: int, part: slice) -> Tensor:
         """What each token of a part counts for in the mean over all unknown tokens of an update, [B, L]."""
