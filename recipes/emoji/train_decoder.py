@@ -27,7 +27,7 @@ class Settings:
     data: Path
     out: Path
     tokenizer: Path
-    num_steps: int = 3000
+    num_steps: int = 2500
     batch_size: int = 32
     learning_rate: float = 8e-4
     adversarial_weight: float = 0.2

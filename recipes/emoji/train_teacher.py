@@ -3,7 +3,7 @@
 The text encoder is a small T5 that reads bytes. It first learns alone to find the picture of a caption among those of a
 batch; then both learn together. Every picture is encoded once in each of a few variants, see `data.moved`; captions are
 dropped for guidance, and up to half of the tokens that a picture's next one is told from are wrong; in the second half
-of the training fewer are, which makes the details sharp.
+of the training fewer are, which makes the details sharp. At last the learning rate rises once more, to half.
 
 Axis letters: B batch, L tokens in a sequence, N sequences, C code channels, E width of the common sphere.
 """
@@ -45,6 +45,8 @@ class Settings:
     caption_dropout: float = 0.1
     wrong_tokens: float = 0.5
     late_wrong_tokens: float = 0.2
+    more_steps: int = 2000
+    more_rate: float = 0.5
     variants: int = 2
     dim: int = 160
     num_layers: int = 6
@@ -166,6 +168,8 @@ def main(settings: Settings) -> None:
 
     def update(step: int) -> dict[str, float]:
         rate = cosine(step, settings.num_steps, 1.0, 100)
+        if step >= settings.num_steps:
+            rate = cosine(step - settings.num_steps, settings.more_steps, settings.more_rate, 100)
         wrong_tokens = settings.wrong_tokens if 2 * step < settings.num_steps else settings.late_wrong_tokens
         all_groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
         for group, peak in zip(all_groups, peaks, strict=True):
@@ -191,7 +195,8 @@ def main(settings: Settings) -> None:
         return {"loss": loss.item()}
 
     model.train()
-    seconds = run("teacher", settings.out, settings.num_steps, modules, optimizers, update)
+    num_steps = settings.num_steps + settings.more_steps
+    seconds = run("teacher", settings.out, num_steps, modules, optimizers, update)
     save_component(settings.out / "transformer", model.eval(), model.config, torch.float16)
     TextEncoder(text.encoder.half(), text.tokenizer, MAX_TOKENS).save_pretrained(settings.out)
     save_json(settings.out / "measured.json", {"text_seconds": text_seconds, "seconds": seconds})
