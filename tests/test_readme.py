@@ -57,7 +57,7 @@ def test_the_demo_leaves_a_picture_and_a_table(folder: Path) -> None:
     assert "shipped student, 2 steps" in (folder / "demo" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("model", ["fashion-llamagen", "fashion-var"])
+@pytest.mark.parametrize("model", ["fashion-llamagen", "fashion-var", "emoji-t2i"])
 def test_tables_of_quality_are_what_report_makes_of_the_measurements(model: str) -> None:
     root = Path(__file__).parent.parent
     (measured,) = root.glob(f"benchmarks/*/{model}-evaluation/summary.json")
