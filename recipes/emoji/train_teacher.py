@@ -3,7 +3,7 @@
 The text encoder is a small T5 that reads bytes. It first learns alone to find the picture of a caption among those of a
 batch; then both learn together. Every picture is encoded once in each of a few variants, see `data.moved`; captions are
 dropped for guidance, and up to half of the tokens that a picture's next one is told from are wrong; in the second half
-of the training fewer are, which makes the details sharp. At last the learning rate rises once more, to half.
+of the training fewer are, which makes the details sharp. At last the learning rate rises twice more, to half.
 
 Axis letters: B batch, L tokens in a sequence, N sequences, C code channels, E width of the common sphere.
 """
@@ -45,7 +45,7 @@ class Settings:
     caption_dropout: float = 0.1
     wrong_tokens: float = 0.5
     late_wrong_tokens: float = 0.2
-    more_steps: int = 2000
+    more_steps: tuple[int, ...] = (2000, 3500)
     more_rate: float = 0.5
     variants: int = 2
     dim: int = 160
@@ -127,6 +127,15 @@ def train_text(settings: Settings, text: TextEncoder, caption_N: list[list[int]]
     return run("text", settings.out, settings.text_steps, modules, {"optimizer": optimizer}, update)
 
 
+def learning_rate(settings: Settings, step: int) -> float:
+    """The share of its peak: a cosine over `num_steps`, then one up to `more_rate` over each of `more_steps`."""
+    num_steps, peak, more = settings.num_steps, 1.0, iter(settings.more_steps)
+    while step >= num_steps:
+        step -= num_steps
+        num_steps, peak = next(more), settings.more_rate
+    return cosine(step, num_steps, peak, 100)
+
+
 def main(settings: Settings) -> None:
     """Train and write the components."""
     start("train_teacher", settings)
@@ -167,9 +176,7 @@ def main(settings: Settings) -> None:
     peaks = (settings.muon_learning_rate, settings.learning_rate, settings.learning_rate, settings.text_learning_rate)
 
     def update(step: int) -> dict[str, float]:
-        rate = cosine(step, settings.num_steps, 1.0, 100)
-        if step >= settings.num_steps:
-            rate = cosine(step - settings.num_steps, settings.more_steps, settings.more_rate, 100)
+        rate = learning_rate(settings, step)
         wrong_tokens = settings.wrong_tokens if 2 * step < settings.num_steps else settings.late_wrong_tokens
         all_groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
         for group, peak in zip(all_groups, peaks, strict=True):
@@ -195,7 +202,7 @@ def main(settings: Settings) -> None:
         return {"loss": loss.item()}
 
     model.train()
-    num_steps = settings.num_steps + settings.more_steps
+    num_steps = settings.num_steps + sum(settings.more_steps)
     seconds = run("teacher", settings.out, num_steps, modules, optimizers, update)
     save_component(settings.out / "transformer", model.eval(), model.config, torch.float16)
     TextEncoder(text.encoder.half(), text.tokenizer, MAX_TOKENS).save_pretrained(settings.out)
