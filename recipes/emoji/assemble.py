@@ -32,7 +32,7 @@ class Settings:
     retriever: Path | None = None
     student: Path | None = None
     guidance_scale: float = 1.25
-    top_p: float = 0.3
+    top_p: float = 0.6
     start_blocks: tuple[int, ...] = (0, 8, 20, 36)
     split_block: int = 64
     micro_batch: int = 250
