@@ -148,9 +148,9 @@ def test_a_run_is_what_measuring_all_its_images_at_once_gives(extractor, referen
 def test_shared_noise_cannot_bring_a_student_closer_than_the_floor(extractor, reference, tmp_path):
     runs = run(StubPipeline(), extractor, reference, tmp_path)
     for student, teacher in zip(of(runs, "1"), of(runs, "teacher"), strict=True):
-        assert dataclasses.replace(teacher.likeness, chance_S=None) == student.likeness
+        assert teacher.likeness == student.likeness
         assert student.likeness.distance_to_teacher > 0 and student.likeness.ratio_to_teacher == 1
-        assert student.likeness.agreement_S == (1, 1) > teacher.likeness.chance_S
+        assert student.likeness.agreement_S == (1, 1) > teacher.likeness.repeat_S > (0, 0)
     assert torch.equal(kept_images(tmp_path, "1", 2), kept_images(tmp_path, "teacher", 2))
 
 
@@ -229,13 +229,15 @@ def test_a_folder_of_another_model_is_refused_before_anything_is_sampled(extract
 def test_without_a_teacher_or_a_second_seed_there_is_no_distance_to_it(extractor, reference, tmp_path):
     one_seed = dataclasses.replace(QUICK, seeds=(0,))
     for one in run(StubPipeline(), extractor, reference, tmp_path, one_seed):
-        assert one.likeness.distance_to_teacher is None and one.likeness.chance_S is None
+        assert one.likeness.distance_to_teacher is None and one.likeness.repeat_S is None
         assert one.likeness.ratio_to_teacher and one.likeness.agreement_S
     no_teacher = dataclasses.replace(QUICK, methods=("1",))
     runs = run(StubPipeline(), extractor, reference, tmp_path, no_teacher)
-    assert all(one.likeness == Likeness(None, None, None, None) for one in runs)
+    beside = of(run(StubPipeline(), extractor, reference, tmp_path / "beside"), "1")
+    assert [one.likeness for one in runs] == [Likeness(None, None, None, one.likeness.repeat_S) for one in beside]
     values = summary(runs, no_teacher, StubPipeline(), Classes(CLASSES), "stub", extractor, reference)
     assert values["chance"] is None and values["methods"]["1"]["agreement"] is None
+    assert 0 < values["methods"]["1"]["repeat"]["tokens"]["mean"] < 1
 
 
 class TextPipeline(StubPipeline):

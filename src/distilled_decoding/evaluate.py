@@ -99,20 +99,20 @@ class Quality:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How one run compares with the teacher; None where the teacher, or a second seed of it, was not measured.
+    """How one run compares with the teacher and itself; None where the teacher, or a second seed, was not measured.
 
     Attributes:
         ratio_to_teacher: Fréchet distance over the teacher's at the same seed.
         distance_to_teacher: Fréchet distance to the teacher's samples of the next seed; after the last comes the first.
         agreement_S: per block, the share of tokens that equal the teacher's on the same noise.
-        chance_S: of the teacher itself, likewise with its tokens of the next seed: what one label or prompt brings
-            about, whatever the noise.
+        repeat_S: likewise, of tokens that equal its own of the next seed: what one label or prompt brings about,
+            whatever the noise. The teacher's is what `agreement_S` is by chance.
     """
 
     ratio_to_teacher: float | None
     distance_to_teacher: float | None
     agreement_S: tuple[float, ...] | None
-    chance_S: tuple[float, ...] | None
+    repeat_S: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def summary(
             "width": extractor.width,
         },
         "reference": {"images": real.images, "count": real.count, "alignment": judge and judge.real},
-        "chance": _agreement([run.likeness.chance_S for run in of.get("teacher", [])], order),
+        "chance": _agreement([run.likeness.repeat_S for run in of.get("teacher", [])], order),
         "methods": {name: _summary(of[name], order) for name in settings.methods},
         **_common([run.environment for run in runs]),
     }
@@ -295,7 +295,9 @@ def _summary(runs: Sequence[Run], order: BlockOrder) -> dict[str, Any]:
         for field in fields(getattr(runs[0], part)):
             if not field.name.endswith("_S"):
                 values[field.name] = _moments([getattr(getattr(run, part), field.name) for run in runs])
-    return {**values, "agreement": _agreement([run.likeness.agreement_S for run in runs], order)}
+    for name in ("agreement", "repeat"):
+        values[name] = _agreement([getattr(run.likeness, f"{name}_S") for run in runs], order)
+    return values
 
 
 class _Sampled:
@@ -379,7 +381,7 @@ def _load(path: Path, made_from: Mapping[str, Any]) -> tuple[Quality, dict[str, 
 def _compare(
     out: Path, qualities: Mapping[tuple[str, int], Quality], seeds: Sequence[int], order: BlockOrder, real: Statistics
 ) -> dict[tuple[str, int], Likeness]:
-    """Every run beside the teacher's of its own seed and of the next one."""
+    """Every run beside the teacher's of its own seed and of the next one, and beside its own of the next."""
 
     def statistics(name: str, seed: int) -> Statistics:
         return Statistics.of(kept_features(out, name, seed), real.extractor, "samples", real.image_shape)
@@ -388,24 +390,25 @@ def _compare(
     teachers = {seed: statistics("teacher", seed) for seed in seeds if ("teacher", seed) in qualities}
     likenesses = {}
     for (name, seed), quality in qualities.items():
-        if not teachers:
-            likenesses[name, seed] = Likeness(None, None, None, None)
-            continue
         token_NL, other = _tokens(out, name, seed), following[seed]
-        of_teacher = qualities["teacher", seed].frechet_distance
         with_other = other != seed
+        repeat_S = _equal(token_NL, _tokens(out, name, other), order) if with_other else None
+        if not teachers:
+            likenesses[name, seed] = Likeness(None, None, None, repeat_S)
+            continue
+        of_teacher = qualities["teacher", seed].frechet_distance
         likenesses[name, seed] = Likeness(
             ratio_to_teacher=quality.frechet_distance / of_teacher if of_teacher > 0 else None,
             distance_to_teacher=frechet_distance(statistics(name, seed), teachers[other]) if with_other else None,
             agreement_S=_equal(token_NL, _tokens(out, "teacher", seed), order),
-            chance_S=_equal(token_NL, _tokens(out, name, other), order) if with_other and name == "teacher" else None,
+            repeat_S=repeat_S,
         )
     return likenesses
 
 
-def _equal(token_NL: Tensor, teacher_NL: Tensor, order: BlockOrder) -> tuple[float, ...]:
+def _equal(token_NL: Tensor, other_NL: Tensor, order: BlockOrder) -> tuple[float, ...]:
     """Per block, the share of equal tokens."""
-    equal_L = (token_NL == teacher_NL).double().mean(0)
+    equal_L = (token_NL == other_NL).double().mean(0)
     return tuple(equal_L[order.span(block)].mean().item() for block in range(order.num_blocks))
 
 
