@@ -88,7 +88,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p / q).log()).sum()
 
 
-def gradient_of_the_formula(logits_ZLV: Tensor, target_VV: Tensor) -> Tensor:
+def gradient_of_the_formula(logits_ZLV: Tensor, target_VV: Tensor, forward_share: float = 0.0) -> Tensor:
     """Eq. 11 with an exact tracker, summed over every noise and every first token with its probability."""
     logits_ZLV = logits_ZLV.clone().requires_grad_()
     face_B, first_B = torch.cartesian_prod(torch.arange(len(logits_ZLV)), torch.arange(3)).T
@@ -99,7 +99,7 @@ def gradient_of_the_formula(logits_ZLV: Tensor, target_VV: Tensor) -> Tensor:
         Pairs(joint.detach()).forced_logits(token_BL, None, None) for joint in (joint_of(logits_ZLV), target_VV)
     )
     weight_BL = chance_B[:, None].expand(-1, 2)
-    settings = TokenSettings(ratio_clamp=100)
+    settings = TokenSettings(ratio_clamp=100, forward_share=forward_share)
     losses = token_loss(log_pi_BLV, log_psi_BLV, log_p_BLV, token_BL, weight_BL, Pairs.order, settings)
     return torch.autograd.grad(losses.total, logits_ZLV)[0]
 
@@ -125,16 +125,20 @@ def downstream_formula(logits_ZLV: Tensor, target_VV: Tensor, rows: int = 1) -> 
     return torch.autograd.grad((loss_N * chance_O[batch_NB].prod(1)).sum(), logits_ZLV)[0]
 
 
-def held_gradient(logits_ZLV: Tensor, target_VV: Tensor) -> Tensor:
+def held_gradient(logits_ZLV: Tensor, target_VV: Tensor, forward_share: float = 0.0) -> Tensor:
     """Of the divergences of both conditionals (Eq. 13), by enumeration: prefix and noise's posterior are constants."""
+
+    def between(own: Tensor, teachers: Tensor) -> Tensor:
+        return (1 - forward_share) * divergence(own, teachers) + forward_share * divergence(teachers, own)
+
     logits_ZLV = logits_ZLV.clone().requires_grad_()
     pi_ZLV = logits_ZLV.softmax(-1)
     held_ZV = pi_ZLV[:, 0].detach()
     posterior_ZA = held_ZV / held_ZV.sum(0)
-    loss = divergence(pi_ZLV[:, 0].mean(0), target_VV.sum(1))
+    loss = between(pi_ZLV[:, 0].mean(0), target_VV.sum(1))
     for first in range(3):
         second_V = (posterior_ZA[:, first, None] * pi_ZLV[:, 1]).sum(0)
-        loss = loss + held_ZV.mean(0)[first] * divergence(second_V, target_VV[first] / target_VV[first].sum())
+        loss = loss + held_ZV.mean(0)[first] * between(second_V, target_VV[first] / target_VV[first].sum())
     return torch.autograd.grad(loss, logits_ZLV)[0]
 
 
@@ -161,6 +165,13 @@ def test_the_gradient_is_that_of_the_conditionals_and_lacks_what_lies_downstream
     torch.testing.assert_close(joint, own + downstream_gradient(logits_ZLV, target_VV))
     torch.testing.assert_close(joint[:, 1], own[:, 1])
     assert float((joint - own).norm() / joint.norm()) == pytest.approx(0.51, rel=0.02)
+
+
+@pytest.mark.parametrize("forward_share", [0.3, 1.0])
+def test_forward_it_is_the_gradient_of_the_teachers_divergences_from_the_student(forward_share: float) -> None:
+    logits_ZLV, target_VV = random_logits(5).double(), joint_of(random_logits(4, seed=1)).double()
+    expected = held_gradient(logits_ZLV, target_VV, forward_share)
+    torch.testing.assert_close(gradient_of_the_formula(logits_ZLV, target_VV, forward_share), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -397,6 +408,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path: Path) -> None:
     [
         (TokenSettings, {"draw_temperature": 0.0}, "draw_temperature must be positive, got 0"),
         (TokenSettings, {"ratio_clamp": -1.0}, "ratio_clamp must be positive, got -1"),
+        (TokenSettings, {"forward_share": 1.5}, "forward_share must lie in 0..1, got 1.5"),
         (TokenSettings, {"entropy_weight": torch.inf}, "entropy_weight must be finite, got inf"),
         (TokenSettings, {"downstream": 1.5}, "downstream must lie in 0..1, got 1.5"),
         (OnPolicySettings, {"tracker_first": -1}, "tracker_first must be at least 0, got -1"),

@@ -114,6 +114,8 @@ class TokenSettings:
     Attributes:
         draw_temperature: divides the student's logits where tokens are drawn, in training and, after it, in sampling.
         ratio_clamp: largest log-ratio of tracker and teacher, either way; codes that the teacher never samples have it.
+        forward_share: how much the student is told by the divergence of the teacher from it, which punishes what it
+            leaves out, instead of its divergence from the teacher, which punishes what it adds.
         entropy_weight: of the entropy of the student's tokens; what is positive makes it surer, what is negative less.
         downstream: how much a token is also judged by the blocks behind it: a block counts this number of times as much
             as the one before; 0 judges each token by itself alone, 1 weighs all blocks alike.
@@ -124,6 +126,7 @@ class TokenSettings:
 
     draw_temperature: float = 1.0
     ratio_clamp: float = 5.0
+    forward_share: float = 0.0
     entropy_weight: float = 0.0
     downstream: float = 0.0
 
@@ -133,8 +136,9 @@ class TokenSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not math.isfinite(self.entropy_weight):
             raise ValueError(f"entropy_weight must be finite, got {self.entropy_weight}")
-        if not 0 <= self.downstream <= 1:
-            raise ValueError(f"downstream must lie in 0..1, got {self.downstream}; 0 is without")
+        for name in ("forward_share", "downstream"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}; 0 is without")
 
 
 @dataclass(frozen=True)
@@ -298,11 +302,13 @@ def token_loss(
         order: the blocks.
         settings: clamp, weights and discount.
     """
-    pi_BLV, ratio_BLV = log_pi_BLV.exp(), log_ratio(log_psi_BLV, log_p_BLV, settings.ratio_clamp)
-    divergence_BL = (pi_BLV * ratio_BLV.detach()).sum(-1) * weight_BL
+    pi_BLV, ratio_BLV = log_pi_BLV.exp(), log_ratio(log_psi_BLV, log_p_BLV, settings.ratio_clamp).detach()
+    divergence_BL = (pi_BLV * ratio_BLV).sum(-1) * weight_BL
     divergence = divergence_BL.sum()
+    share = settings.forward_share
+    told_BLV = (1 - share) * ratio_BLV + share * (1 - (-ratio_BLV).exp())
     entropy = -((pi_BLV * log_pi_BLV).sum(-1) * weight_BL).sum()
-    total = divergence + settings.entropy_weight * entropy
+    total = ((pi_BLV * told_BLV).sum(-1) * weight_BL).sum() + settings.entropy_weight * entropy
     if settings.downstream > 0:
         total = total + downstream_loss(log_pi_BLV, divergence_BL, token_BL, weight_BL, order, settings.downstream)
     tracker = tracker_loss(log_psi_BLV, token_BL, weight_BL).detach()
