@@ -35,6 +35,17 @@ def var() -> tuple[Any, nn.Module]:
     return pipe.teacher, pipe.student
 
 
+class Peeking(nn.Module):
+    """A student with a code head, that is taken for one with a flow head."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student, self.order = student, student.order
+
+    def forward(self, *args: Any) -> StudentOutput:
+        return StudentOutput(self.student(*args).logits_BLV, None)
+
+
 FAMILIES: list[Callable[[], tuple[Any, nn.Module]]] = [llamagen, var, pixels]
 
 
@@ -56,6 +67,14 @@ def test_a_teacher_is_checked_with_two_conditions(models) -> None:
 def test_a_good_student_passes(models) -> None:
     teacher, student = models
     check_student(student, teacher)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_a_flow_head_passes_unless_it_sees_the_noise_that_is_mapped(family: str) -> None:
+    pipe = tiny.pipeline(family=family)
+    check_student(pipe.new_student(0, "flow"), pipe.teacher)
+    with pytest.raises(ValueError, match="a flow head must not see the noise that is mapped, but token 0 sees its own"):
+        check_student(Peeking(pipe.student), pipe.teacher)
 
 
 def test_good_models_of_captions_pass() -> None:

@@ -1,11 +1,14 @@
+import math
+
 import pytest
 import torch
 
-from distilled_decoding.codebook import lookup
+from distilled_decoding.codebook import lookup, nearest
+from distilled_decoding.flow import flow_map
 from distilled_decoding.noise import gaussian_noise, image_keys, uniform
 from distilled_decoding.sampling import Passes, Plan, check_plan, jump, sample, spread_schedule
 from distilled_decoding.student import STUDENT_STREAM, StudentOutput, final_sequence
-from distilled_decoding.teacher import by_flow, rollout
+from distilled_decoding.teacher import by_flow, log_probabilities, rollout
 from tests import tiny
 
 PIPE = tiny.pipeline()
@@ -134,3 +137,54 @@ def test_spread_schedule() -> None:
 def test_impossible_plans_are_refused(plan: Plan, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_plan(plan, PIPE.teacher.order, (0, 4, 8, 12))
+
+
+class Blind:
+    """A student with a flow head that expects the same of every token."""
+
+    order = PIPE.teacher.order
+
+    def __init__(self, logits_V: torch.Tensor) -> None:
+        self.logits_V = logits_V
+
+    def __call__(self, code_BLC, condition, known_blocks_B, num_logits=None) -> StudentOutput:
+        return StudentOutput(self.logits_V.expand(*code_BLC.shape[:2], -1), None)
+
+
+def test_a_flow_head_maps_the_noise_of_what_is_unknown() -> None:
+    codebook_VC, noise_BLC = PIPE.teacher.codebook, gaussian_noise(KEY_B, 16, 4)
+    logits_V = torch.randn(len(codebook_VC), generator=torch.Generator().manual_seed(0))
+    known_BLC = lookup(torch.arange(16) % len(codebook_VC), codebook_VC).expand(6, -1, -1)
+    x_BLC = torch.cat([known_BLC[:, :4], noise_BLC[:, 4:]], 1)
+    code_BLC = jump(Blind(logits_V), x_BLC, CONDITION, 4, codebook_VC, 16, flow=tiny.FLOW)
+    token_BL = flow_map(noise_BLC, logits_V.log_softmax(-1).expand(6, 16, -1), codebook_VC, tiny.FLOW)
+    assert torch.equal(code_BLC[:, :4], known_BLC[:, :4])
+    assert torch.equal(code_BLC[:, 4:], lookup(token_BL, codebook_VC)[:, 4:])
+    assert jump(Blind(logits_V * math.nan), x_BLC, CONDITION, 4, codebook_VC, 16)[:, 4:].isnan().all()
+
+
+def test_a_flow_head_that_knows_the_teacher_makes_its_images() -> None:
+    """One that reads the teacher's own tokens, whatever it is given, is at the fixed point."""
+    token_BL = nearest(teacher_codes(), PIPE.teacher.codebook)
+
+    def knowing(code_BLC, condition, known_blocks_B, num_logits=None) -> StudentOutput:
+        logits_BLV = PIPE.teacher.forced_logits(token_BL, condition, tiny.SAMPLING.guidance)
+        return StudentOutput(log_probabilities(logits_BLV, tiny.SAMPLING).clamp(min=-50), None)
+
+    knowing.order = PIPE.teacher.order
+    models = (PIPE.teacher, knowing, CONDITION, KEY_B, tiny.SAMPLING, tiny.FLOW, 16)
+    assert torch.equal(sample(Plan((0,)), *models), teacher_codes())
+
+
+def test_each_refining_pass_makes_one_more_block_the_teachers_own() -> None:
+    expected, student = teacher_codes(), codes(Plan((0,)))
+    assert not torch.equal(student[:, :1], expected[:, :1])
+    for passes in (1, 2, 5):
+        assert torch.equal(codes(Plan((0,), refine=passes))[:, :passes], expected[:, :passes])
+    assert torch.equal(codes(Plan((0,), refine=16)), expected)
+
+
+def test_refining_follows_student_steps() -> None:
+    for plan in (Plan((), refine=1), Plan((0,), refine=-1)):
+        with pytest.raises(ValueError, match=f"behind student steps, got {plan.refine}"):
+            check_plan(plan, PIPE.teacher.order, (0,))

@@ -32,6 +32,7 @@ from distilled_decoding.parallel import (
     shard,
     whole,
 )
+from distilled_decoding.student import Head
 from distilled_decoding.teacher import Teacher, draw
 from distilled_decoding.training_state import Checkpoints
 
@@ -56,6 +57,8 @@ class DistillSettings:
         start_blocks: where the student learns to start, 0 first; () means those of the model.
         start_weights: how often each of them is drawn; () draws all alike.
         block_weights: weight of each block in the loss; () weighs all tokens alike.
+        head: of a new student: a `code` head learns to come from a position's noise to its code, as published; a `flow`
+            head learns how its tokens are distributed, and leaves that way to the flow map.
         method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of the `tokens` that it
             draws itself, or of its own vectors, by `scores`.
         loss: weights of the parts of the loss on trajectories.
@@ -80,6 +83,7 @@ class DistillSettings:
     start_blocks: tuple[int, ...] = ()
     start_weights: tuple[float, ...] = ()
     block_weights: tuple[float, ...] = ()
+    head: Head = "code"
     method: MethodName = "trajectories"
     loss: LossWeights = field(default_factory=LossWeights)
     on_policy: OnPolicySettings = field(default_factory=OnPolicySettings)
@@ -112,10 +116,26 @@ class DistillSettings:
                 f"{len(self.start_weights)} start weights do not fit {len(self.start_blocks)} start blocks; "
                 "give one for each"
             )
+        if self.head not in get_args(Head):
+            raise ValueError(f"unknown head {self.head!r}; choose one of {', '.join(get_args(Head))}")
+        if self.head == "flow":
+            self._check_flow_head()
         if self.first_update >= self.num_updates:
             raise ValueError(
                 f"of {self.num_updates} updates the first {self.first_update} are the trackers' alone "
                 "(tracker_first), which leaves none to the student; give more, or fewer of those"
+            )
+
+    def _check_flow_head(self) -> None:
+        """Refuse what needs a code head, or another draw than the flow map's."""
+        if self.method == "scores":
+            raise ValueError("the method scores trains a code head, but head is flow; take trajectories or tokens")
+        if self.loss.perceptual_weight > 0:
+            weight = self.loss.perceptual_weight
+            raise ValueError(f"a perceptual weight of {weight} needs a code head, but head is flow; leave it out")
+        if self.tokens.draw_temperature != 1:
+            raise ValueError(
+                f"a flow head draws at temperature 1, got draw_temperature {self.tokens.draw_temperature}; leave it out"
             )
 
     @property

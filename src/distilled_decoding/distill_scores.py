@@ -232,11 +232,11 @@ class Scores(OnPolicy):
         known_BKC = lookup(begun.token_NL[:, :num_known].to(codebook_VC.device), codebook_VC)
         if num_known and self.trajectories is None:
             with torch.no_grad():
-                known_BKC = self.predict(student, noise_BLC[:, :num_known], condition, 0, 0).code_BLC
+                known_BKC = _codes(self.predict(student, noise_BLC[:, :num_known], condition, 0, 0))
         x_BLC = torch.cat([known_BKC, noise_BLC[:, num_known:]], 1)
         num_logits = None if self.settings.on_policy.trajectory_weight > 0 else 0
         output = self.predict(student, x_BLC, condition, known_blocks, num_logits)
-        code_BLC = torch.cat([known_BKC, output.code_BLC[:, num_known:]], 1)
+        code_BLC = torch.cat([known_BKC, _codes(output)[:, num_known:]], 1)
         return Made(output, code_BLC, nearest(code_BLC.detach(), codebook_VC), condition, key_B)
 
     def noised(self, code_BLC: Tensor, key_B: Tensor) -> Noised:
@@ -265,3 +265,9 @@ class Scores(OnPolicy):
 def code_spread(codebook_VC: Tensor) -> Tensor:
     """Root mean square of the codes' channels, a scalar."""
     return codebook_VC.float().square().mean().sqrt()
+
+
+def _codes(output: StudentOutput) -> Tensor:
+    """The vectors of a student, whose head is a code head: settings refuse any other."""
+    assert output.code_BLC is not None
+    return output.code_BLC

@@ -20,7 +20,7 @@ from distilled_decoding.losses import Losses, TokenLosses, token_loss, tracker_l
 from distilled_decoding.noise import uniform
 from distilled_decoding.on_policy import ALL, Lesson, OnPolicy, tracker_name
 from distilled_decoding.store import Shard
-from distilled_decoding.student import STUDENT_STREAM, StudentOutput, draw_tokens
+from distilled_decoding.student import STUDENT_STREAM, StudentOutput, draw_tokens, flow_tokens
 from distilled_decoding.teacher import Guidance
 
 
@@ -100,8 +100,9 @@ class Tokens(OnPolicy):
             log_psi_BLV = self.track(forwards[tracker_name(known_blocks)], drawn.token_BL, drawn.condition)
         weight_BL, order, settings = self.weights(known_blocks, part), self.teacher.order, self.settings.tokens
         losses = token_loss(drawn.log_pi_BLV, log_psi_BLV, log_p_BLV, drawn.token_BL, weight_BL, order, settings)
-        # The code head has no say, but processes wait for a gradient of every parameter.
-        losses = replace(losses, total=losses.total + 0 * drawn.output.code_BLC.sum())
+        if drawn.output.code_BLC is not None:
+            # The code head has no say, but processes wait for a gradient of every parameter.
+            losses = replace(losses, total=losses.total + 0 * drawn.output.code_BLC.sum())
         return self.mixed(losses, drawn.output, begun, known_blocks, part)
 
     def drawn(self, begun: Shard, known_blocks: int, student: Forward) -> Drawn:
@@ -116,14 +117,19 @@ class Tokens(OnPolicy):
         temperature = self.settings.tokens.draw_temperature
         condition, key_B, noise_BLC = self.asked(begun)
         uniform_BL = uniform(key_B, order.length, STUDENT_STREAM)
+
+        def tokens(output: StudentOutput) -> Tensor:
+            logits_BLV = output.logits_BLV.detach()
+            if output.code_BLC is None:
+                return flow_tokens(logits_BLV, noise_BLC[:, : logits_BLV.shape[1]], codebook_VC, self.flow)
+            return draw_tokens(logits_BLV, temperature, uniform_BL)
+
         num_known = order.tokens_before(known_blocks)
         known_BK = begun.token_NL[:, :num_known].to(codebook_VC.device)
         if num_known and self.trajectories is None:
             with torch.no_grad():
-                logits_BKV = self.predict(student, noise_BLC[:, :num_known], condition, 0).logits_BLV
-            known_BK = draw_tokens(logits_BKV, temperature, uniform_BL)
+                known_BK = tokens(self.predict(student, noise_BLC[:, :num_known], condition, 0))
         x_BLC = torch.cat([lookup(known_BK, codebook_VC), noise_BLC[:, num_known:]], 1)
         output = self.predict(student, x_BLC, condition, known_blocks)
         log_pi_BLV = (output.logits_BLV / temperature).log_softmax(-1)
-        drawn_BL = draw_tokens(output.logits_BLV.detach(), temperature, uniform_BL)
-        return Drawn(output, log_pi_BLV, torch.cat([known_BK, drawn_BL[:, num_known:]], 1), condition)
+        return Drawn(output, log_pi_BLV, torch.cat([known_BK, tokens(output)[:, num_known:]], 1), condition)

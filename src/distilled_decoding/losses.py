@@ -254,8 +254,10 @@ def distillation_loss(
     flat = F.cross_entropy(output.logits_BLV.flatten(0, 1), token_BL.flatten(), reduction="none")
     cross_entropy_BL = flat.view(token_BL.shape)
     logits = (cross_entropy_BL * weight_BL).sum() / totals.weight
-    code = ((output.code_BLC - code_BLC).square().sum(-1) * weight_BL).sum() / totals.weight
-    perceptual = logits.new_zeros(()) if perceptual is None else perceptual
+    code = nothing = logits.new_zeros(())
+    if output.code_BLC is not None:
+        code = ((output.code_BLC - code_BLC).square().sum(-1) * weight_BL).sum() / totals.weight
+    perceptual = nothing if perceptual is None else perceptual
     total = weights.logits_weight * logits + weights.code_weight * code + weights.perceptual_weight * perceptual
     hits_BL = (output.logits_BLV.argmax(-1) == token_BL).float()
     return TrajectoryLosses(total, logits, code, perceptual, (hits_BL * unknown_BL).sum() / totals.unknown)

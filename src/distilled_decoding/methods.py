@@ -16,7 +16,7 @@ from distilled_decoding.condition import Classes, ConditionTable, Labels
 from distilled_decoding.pipeline import Codes, Pipeline
 from distilled_decoding.records import identity
 
-_NAME = re.compile(r"teacher|teacher-ancestral|onestep|\d+|skip:\d+|span:\d+:\d+")
+_NAME = re.compile(r"teacher|teacher-ancestral|onestep|\d+|skip:\d+|span:\d+:\d+|refine:\d+:\d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def check_names(names: tuple[str, ...]) -> None:
     """
     for name in names:
         if not _NAME.fullmatch(name):
-            ways = "a number of steps, teacher, teacher-ancestral, span:A:B, onestep or skip:N"
+            ways = "a number of steps, teacher, teacher-ancestral, span:A:B, refine:K:N, onestep or skip:N"
             raise ValueError(f"unknown method {name!r}; use {ways}")
     if "onestep" in names and "teacher" not in names:
         raise ValueError("onestep draws from the teacher's samples; name the method teacher, too")
@@ -54,7 +54,8 @@ def method(
     pipeline: Pipeline, table: ConditionTable, name: str, samples: Callable[[], tuple[Tensor, Labels]]
 ) -> Method:
     """The method of a name: a number of student steps; `teacher` or `teacher-ancestral`; `span:a:b`, the student with
-    the teacher on blocks a..b-1; `onestep` or `skip:n`, see `baselines`.
+    the teacher on blocks a..b-1; `refine:k:n`, k student steps and n passes of the teacher over all blocks; `onestep`
+    or `skip:n`, see `baselines`.
 
     Args:
         pipeline: the model.
@@ -87,6 +88,10 @@ def method(
             len(schedule) - (first == 0) + end - first,
             identity(pipeline, plan),
         )
+    if kind == "refine":
+        steps, refine = map(int, numbers)
+        plan = pipeline.plan(steps, refine=refine)
+        return Method(partial(pipeline.codes, plan), table, steps + refine, identity(pipeline, plan))
     plan = pipeline.plan(int(name) if name.isdecimal() else name)  # type: ignore[arg-type]
     passes = len(plan.schedule) or num_blocks
     return Method(partial(pipeline.codes, plan), table, passes, identity(pipeline, plan))

@@ -28,6 +28,7 @@ from distilled_decoding.distill import (
     token_weights,
 )
 from distilled_decoding.distill_trajectories import output_loss
+from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import ImageDistance, Losses, MixedLosses, Totals
 from distilled_decoding.noise import gaussian_noise, image_keys
 from distilled_decoding.store import Shard, TrajectoryStore
@@ -57,6 +58,7 @@ class OnPolicy:
             without, noise is ever new, conditions are those of the table in turn, and known blocks are the student's
             own, of one step.
         image_distance: the perceptual distance, needed when it has a part in the loss on trajectories.
+        flow: the solver of a student's flow head.
 
     Raises:
         ValueError: settings that do not fit the teacher, or a loss on trajectories without any.
@@ -69,6 +71,7 @@ class OnPolicy:
     settings: DistillSettings
     trajectories: Shard | TrajectoryStore | None = None
     image_distance: ImageDistance | None = None
+    flow: FlowSettings = FlowSettings()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         settings, trajectory_weight = self.settings, self.settings.on_policy.trajectory_weight

@@ -31,6 +31,7 @@ from distilled_decoding.noise import image_keys
 from distilled_decoding.originals import Weights
 from distilled_decoding.prompts import EncodedPrompts, prompt_table, read_prompts
 from distilled_decoding.sampling import Callback, Passes, Plan, check_plan, sample, spread_schedule
+from distilled_decoding.student import Head
 from distilled_decoding.teacher import Prefix
 from distilled_decoding.text import ENCODER, TOKENIZER, TextEncoder
 from distilled_decoding.zoo import resolve
@@ -295,9 +296,13 @@ class Pipeline:
         twin.__dict__.pop("student_fingerprint", None)
         return twin
 
-    def new_student(self, seed: int) -> nn.Module:
-        """An untrained student that begins where the teacher stands, on its device."""
-        return family(self.config.family).new_student(self.teacher, seed)
+    def new_student(self, seed: int, head: Head = "code") -> nn.Module:
+        """An untrained student that begins where the teacher stands, on its device.
+
+        Raises:
+            ValueError: a head that students of this family do not have.
+        """
+        return family(self.config.family).new_student(self.teacher, seed, head)
 
     def new_tracker(self) -> nn.Module:
         """A copy of the teacher whose transformers can be trained, and its tokenizer not."""
@@ -441,6 +446,11 @@ class Pipeline:
         code_1LC = self.teacher.codebook[:1].expand(1, self.teacher.order.length, -1)
         return tuple(self.teacher.decode(code_1LC).shape[1:])
 
+    @property
+    def head(self) -> Head:
+        """Which head the student has."""
+        return family(self.config.family).head(self.student)
+
     @cached_property
     def student_fingerprint(self) -> str:
         """A hash of the student's weights."""
@@ -458,6 +468,7 @@ class Pipeline:
         schedule: Sequence[int] | None = None,
         teacher_span: tuple[int, int] | None = None,
         prefix: Prefix = "causal",
+        refine: int = 0,
     ) -> Plan:
         """How to sample: student steps, an explicit schedule, or the teacher alone.
 
@@ -468,6 +479,7 @@ class Pipeline:
             teacher_span: blocks a..b-1 that the teacher predicts in between.
             prefix: how the teacher reads the blocks before its span: `causal`, as in its own generation, or
                 `unmasked`, as VAR's published results with the teacher in between were made.
+            refine: passes of the teacher over all blocks at once, behind the student's steps.
 
         Raises:
             ValueError: the plan cannot be carried out.
@@ -483,7 +495,8 @@ class Pipeline:
                 raise ValueError(f"steps must be a number, teacher or teacher-ancestral, got {steps!r}")
             if teacher_span is not None:
                 raise ValueError(f"teacher span {teacher_span} goes with student steps, not with steps={steps!r}")
-            return Plan((), ancestral=steps == "teacher-ancestral")
+            plan = Plan((), ancestral=steps == "teacher-ancestral", refine=refine)
+            return check_plan(plan, self.teacher.order, self.config.start_blocks)
         if self.student is None:
             raise ValueError("this model has no student yet: sample with steps teacher, or make one with `distill`")
         starts = self.config.start_blocks
@@ -491,7 +504,7 @@ class Pipeline:
             blocks = spread_schedule(1 if steps is None else steps, starts)
         else:
             blocks = self.teacher.order.check_schedule(schedule, starts)
-        return check_plan(Plan(blocks, teacher_span, prefix=prefix), self.teacher.order, starts)
+        return check_plan(Plan(blocks, teacher_span, prefix=prefix, refine=refine), self.teacher.order, starts)
 
     def codes(self, plan: Plan, condition: Condition, key_B: Tensor, callback: Callback | None = None) -> Tensor:
         """The codes [B, L, C] of one batch of images."""

@@ -14,15 +14,16 @@ from torch import Tensor
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.condition import Condition
-from distilled_decoding.flow import FlowSettings
+from distilled_decoding.flow import FlowSettings, flow_map
 from distilled_decoding.noise import gaussian_noise, uniform
-from distilled_decoding.student import STUDENT_STREAM, Student, final_sequence
+from distilled_decoding.student import STUDENT_STREAM, Student, final_sequence, flow_sequence
 from distilled_decoding.teacher import (
     Prefix,
     Teacher,
     TeacherSampling,
     by_chance,
     by_flow,
+    log_probabilities,
     rollout,
 )
 
@@ -54,12 +55,14 @@ class Plan:
         teacher_span: blocks a..b-1 that the teacher predicts, before the student starts from b.
         ancestral: the teacher draws its tokens instead of mapping the image's own noise.
         prefix: how the teacher reads what stands before its span.
+        refine: passes of the teacher over all blocks at once, behind all else; each maps the image's noise anew.
     """
 
     schedule: tuple[int, ...]
     teacher_span: tuple[int, int] | None = None
     ancestral: bool = False
     prefix: Prefix = "causal"
+    refine: int = 0
 
 
 def spread_schedule(steps: int, start_blocks: Sequence[int]) -> tuple[int, ...]:
@@ -80,8 +83,11 @@ def check_plan(plan: Plan, order: BlockOrder, start_blocks: Sequence[int]) -> Pl
     """The plan itself when it can be carried out.
 
     Raises:
-        ValueError: a schedule that the student does not know, or a span that does not end where a step starts.
+        ValueError: a schedule that the student does not know, a span that does not end where a step starts, or refining
+            passes that are fewer than none, or not behind student steps.
     """
+    if plan.refine < 0 or (plan.refine and not plan.schedule):
+        raise ValueError(f"refine must be 0 or more passes of the teacher behind student steps, got {plan.refine}")
     if plan.schedule:
         order.check_schedule(plan.schedule, start_blocks)
     if plan.teacher_span is not None:
@@ -109,8 +115,9 @@ def jump(
     split_block: int,
     temperature: float = 0.0,
     uniform_BL: Tensor | None = None,
+    flow: FlowSettings = FlowSettings(),  # noqa: B008 - frozen
 ) -> Tensor:
-    """One pass of the student: codes of a sequence whose later blocks are noise (Eq. 8).
+    """One pass of the student: codes of a sequence whose later blocks are noise (Eq. 8, 20).
 
     Args:
         student: the model.
@@ -122,6 +129,7 @@ def jump(
             head, known ones as they are.
         temperature: of the draw from the logits; 0 takes the most likely codes.
         uniform_BL: numbers in (0, 1), one a token of a whole sequence, for the draw; None without one.
+        flow: the solver of a flow head, which knows neither split nor temperature.
 
     Returns:
         code_BLC, the shape of `x_BLC`.
@@ -130,6 +138,9 @@ def jump(
     known, split = (min(student.order.tokens_before(block), length) for block in (known_blocks, split_block))
     known_blocks_B = torch.full((len(x_BLC),), known_blocks, device=x_BLC.device)
     output = student(x_BLC, condition, known_blocks_B, split)
+    if output.code_BLC is None:
+        mapped_BLC = flow_sequence(output.logits_BLV[:, known:], x_BLC[:, known:], codebook_VC, flow)
+        return torch.cat([x_BLC[:, :known], mapped_BLC], 1)
     code_BLC = final_sequence(output, codebook_VC, split, temperature, uniform_BL)
     if known == 0:
         return code_BLC
@@ -180,7 +191,7 @@ def sample(
         condition: one entry per image.
         key_B: one key per image, on the device of the models.
         sampling: the teacher's distribution.
-        flow: the solver of the teacher's flow map.
+        flow: the solver of the flow map, the teacher's and that of a student's flow head.
         split_block: see `jump`.
         callback: called after every step.
         passes: the computations, eager by default.
@@ -193,7 +204,7 @@ def sample(
         ValueError: the teacher's logits are not finite, or the student's codes that it is to go on from.
     """
     order, codebook_VC = teacher.order, teacher.codebook
-    code_BLC = passes.noise(key_B, order.length, codebook_VC.shape[1])
+    code_BLC = noise_BLC = passes.noise(key_B, order.length, codebook_VC.shape[1])
     if plan.ancestral:
         choose = by_chance(order, passes.uniform(key_B, order.length, 1), sampling)
     else:
@@ -204,23 +215,35 @@ def sample(
     def teach(first: int, end: int) -> Tensor:
         known_BLC, prefix_BL = code_BLC[:, : order.tokens_before(first)], None
         if first:
-            if not known_BLC.isfinite().all():
-                raise ValueError(
-                    "the student's output is not finite: its weights are damaged, or the dtype is too narrow"
-                )
-            prefix_BL = nearest(known_BLC, codebook_VC)
+            prefix_BL = nearest(_finite(known_BLC), codebook_VC)
         token_BL = rollout(teacher, condition, sampling.guidance, choose, prefix_BL, end, plan.prefix)
         return lookup(token_BL, codebook_VC)
 
     def predict(first: int, end: int) -> Tensor:
         x_BLC = code_BLC[:, : order.tokens_before(end)]
-        return passes.jump(student, x_BLC, condition, first, codebook_VC, split_block, student_temperature, uniform_BL)
+        drawing = (student_temperature, uniform_BL)
+        return passes.jump(student, x_BLC, condition, first, codebook_VC, split_block, *drawing, flow)
+
+    def refine(token_BL: Tensor) -> Tensor:
+        logits_BLV = teacher.forced_logits(token_BL, condition, sampling.guidance).float()
+        return flow_map(noise_BLC, log_probabilities(logits_BLV, sampling), codebook_VC, flow)
 
     for (name, first), (_, end) in pairwise([*_steps(plan), ("", order.num_blocks)]):
         predicted_BLC = teach(first, end) if name == "teacher" else predict(first, end)
         code_BLC = torch.cat([predicted_BLC, code_BLC[:, predicted_BLC.shape[1] :]], 1)
         if callback is not None:
             callback(Step(name, first, code_BLC))
+    for _ in range(plan.refine):
+        code_BLC = lookup(refine(nearest(_finite(code_BLC), codebook_VC)), codebook_VC)
+        if callback is not None:
+            callback(Step("teacher", 0, code_BLC))
+    return code_BLC
+
+
+def _finite(code_BLC: Tensor) -> Tensor:
+    """The codes themselves, unless some are none."""
+    if not code_BLC.isfinite().all():
+        raise ValueError("the student's output is not finite: its weights are damaged, or the dtype is too narrow")
     return code_BLC
 
 

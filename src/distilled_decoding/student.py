@@ -1,22 +1,28 @@
-"""What the method asks of a student, and what becomes of its two predictions.
+"""What the method asks of a student, and what becomes of its predictions.
 
-A student reads known codes and noise in one pass and predicts every position twice: as logits over the
-codebook and as a code vector. Blocks before `split_block` are taken from the logits, later ones from the
-vectors.
+A student reads known codes and noise in one pass. One with a code head reads the noise of a position too, and predicts
+the position twice: as logits over the codebook and as a code vector. Blocks before `split_block` are taken from the
+logits, later ones from the vectors. One with a flow head reads only what stands before the position's block, predicts
+how the token is distributed, and leaves it to the flow map to take the position's own noise there.
 
 Axis letters: B batch, L tokens in a sequence, V codebook entries, C code channels.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from distilled_decoding.blocks import BlockOrder
+from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition
+from distilled_decoding.flow import FlowSettings, flow_map
 from distilled_decoding.teacher import draw
+
+Head = Literal["code", "flow"]
+"""How a student comes from a position's noise to its code: by learning it, or by the flow map of its logits."""
 
 STUDENT_STREAM = 10
 """The stream of an image's key that its student's draws come from."""
@@ -24,15 +30,15 @@ STUDENT_STREAM = 10
 
 @dataclass(frozen=True, eq=False)
 class StudentOutput:
-    """A student's two predictions of the positions that it read.
+    """A student's predictions of the positions that it read.
 
     Attributes:
         logits_BLV: over the tokens of each position, or of as many leading ones as were asked for, float32.
-        code_BLC: the code at each position, float32.
+        code_BLC: the code at each position, float32; None of a student with a flow head.
     """
 
     logits_BLV: Tensor
-    code_BLC: Tensor
+    code_BLC: Tensor | None
 
 
 class Student(Protocol):
@@ -47,6 +53,8 @@ class Student(Protocol):
         self, code_BLC: Tensor, condition: Condition, known_blocks_B: Tensor, num_logits: int | None = None
     ) -> StudentOutput:
         """Predict every position of a sequence from it and from the blocks before its own (Eq. 6).
+
+        With a flow head, from those blocks alone (Eq. 20).
 
         Args:
             code_BLC: codes in the leading known blocks, noise in the others; all blocks of a sequence, or only the
@@ -93,12 +101,30 @@ def final_sequence(
         assert uniform_BL is not None
         token_BL = draw_tokens(logits_BLV, temperature, uniform_BL)
     chosen_BLC = codebook_VC[token_BL].masked_fill(best_BL.isnan()[..., None], math.nan)
+    assert output.code_BLC is not None
     if split == output.code_BLC.shape[1]:
         return chosen_BLC  # a compiled student then spares its code head
     return torch.cat([chosen_BLC, output.code_BLC[:, split:]], dim=1)
 
 
+@torch.compiler.disable  # how many codes it looks at depends on numbers
+def flow_tokens(logits_BLV: Tensor, noise_BLC: Tensor, codebook_VC: Tensor, flow: FlowSettings) -> Tensor:
+    """The tokens [B, L] to which the flow map of a student's logits takes the noise of their positions (Eq. 20).
+
+    Where logits are not numbers all tokens are as likely.
+    """
+    known_BL1 = logits_BLV.isfinite().all(-1, keepdim=True)
+    return flow_map(noise_BLC, logits_BLV.masked_fill(~known_BL1, 0).log_softmax(-1), codebook_VC, flow)
+
+
+def flow_sequence(logits_BLV: Tensor, noise_BLC: Tensor, codebook_VC: Tensor, flow: FlowSettings) -> Tensor:
+    """The codes of `flow_tokens`; as in `final_sequence`, logits that are not numbers give a code that is none."""
+    code_BLC = lookup(flow_tokens(logits_BLV, noise_BLC, codebook_VC, flow), codebook_VC)
+    return code_BLC.masked_fill(~logits_BLV.isfinite().all(-1, keepdim=True), math.nan)
+
+
 def soft_sequence(output: StudentOutput, codebook_VC: Tensor, split: int) -> Tensor:
     """`final_sequence` with the expected code in place of the most likely one, so that gradients flow."""
     expected_BLC = output.logits_BLV[:, :split].softmax(-1) @ codebook_VC
+    assert output.code_BLC is not None
     return torch.cat([expected_BLC, output.code_BLC[:, split:]], dim=1)

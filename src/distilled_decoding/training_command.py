@@ -104,10 +104,10 @@ def distill_student(
         Stopped: the user asked to stop; the same call goes on.
     """
     settings, split_block = _resolved(pipeline, settings, split_block, perceptual)
+    new = _new_student(pipeline, start, settings)
     table = _table(model, pipeline, store, prompts)
     pipeline = _learnt_from(pipeline, store, settings, split_block)
     method = _method(pipeline, store, table, image_distance(perceptual, str(pipeline.device)))
-    new = _new_student(pipeline, start)
     determined: dict[str, Any] = {
         "teacher": pipeline.fingerprint,
         "settings": asdict(settings),
@@ -152,16 +152,18 @@ def _resolved(
     """The settings and the split of a training, where not given those of the model, checked against its blocks."""
     settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
     num_blocks = pipeline.teacher.order.num_blocks
-    trained = {"tokens": (num_blocks, "logits"), "scores": (0, "code head")}.get(settings.method)
+    on_policy = {"tokens": (num_blocks, "logits"), "scores": (0, "code head")}.get(settings.method)
+    trained = (num_blocks, "logits") if settings.head == "flow" else on_policy
     default = trained[0] if trained else pipeline.config.split_block
     split_block = default if split_block is None else split_block
     if trained and split_block != default:
+        flag = f"--method {settings.method}" if on_policy else f"--head {settings.head}"
         raise ValueError(
-            f"--method {settings.method} trains the {trained[1]} alone, from which all {num_blocks} blocks are then "
+            f"{flag} trains the {trained[1]} alone, from which all {num_blocks} blocks are then "
             f"taken, and not those of --split-block {split_block}; leave it out"
         )
     settings.check(pipeline.teacher.order, split_block)
-    weight = settings.loss.perceptual_weight * (settings.on_policy.trajectory_weight if trained else 1)
+    weight = settings.loss.perceptual_weight * (settings.on_policy.trajectory_weight if on_policy else 1)
     if (perceptual == "none") != (weight == 0):
         raise ValueError(
             f"--perceptual {perceptual} does not fit a perceptual weight of {weight}; give both or neither"
@@ -184,7 +186,8 @@ def _learnt_from(
 ) -> Pipeline:
     """The teacher with the settings of the new pipeline: it samples from what the student sees."""
     num = {} if store is None else {"num_trajectories": len(store)}
-    temperature = settings.tokens.draw_temperature if settings.method == "tokens" else 0.0
+    draws = settings.method == "tokens" and settings.head == "code"
+    temperature = settings.tokens.draw_temperature if draws else 0.0
     return pipeline.with_settings(
         start_blocks=settings.start_blocks,
         split_block=split_block,
@@ -200,18 +203,24 @@ def _method(
     """What the settings of a pipeline say that its student learns from."""
     config = pipeline.config
     if kind := ON_POLICY.get(config.training.method):
-        return kind(pipeline.teacher, pipeline.new_tracker, table, config.sampling, config.training, store, distance)
+        models = (pipeline.teacher, pipeline.new_tracker)
+        return kind(*models, table, config.sampling, config.training, store, distance, config.flow)
     if store is None:
         raise ValueError("--method trajectories needs trajectories: make some, and give --trajectories FOLDER")
     return Trajectories(pipeline.teacher, store, table, config.training, config.split_block, distance)
 
 
-def _new_student(pipeline: Pipeline, start: Start) -> nn.Module:
+def _new_student(pipeline: Pipeline, start: Start, settings: DistillSettings) -> nn.Module:
     """The student before its training."""
     if start == "teacher":
-        return pipeline.new_student(pipeline.config.training.seed % 2**63)  # as far as torch's generators go
+        return pipeline.new_student(settings.seed % 2**63, settings.head)  # as far as torch's generators go
     if pipeline.student is None:
         raise ValueError("--start student needs a model that has one; leave it out to start from the teacher")
+    if pipeline.head != settings.head:
+        raise ValueError(
+            f"--start student goes on with a {pipeline.head} head, not with --head {settings.head}; "
+            f"give --head {pipeline.head}, or leave --start out for a new student"
+        )
     return deepcopy(pipeline.student).requires_grad_(True)
 
 
@@ -272,7 +281,9 @@ def plan_distillation(
     on_policy = ON_POLICY.get(settings.method)
     num = 0 if on_policy and num is None else trajectory_count(pipeline, num)
     settings, _ = _resolved(pipeline, settings, split_block, perceptual)
-    student = pipeline.student if pipeline.student is not None else pipeline.new_student(0)
+    student = pipeline.student
+    if student is None or pipeline.head != settings.head:
+        student = pipeline.new_student(0, settings.head)
     speed = flops_per_second(torch.device(device), settings.bf16)
     tracker = pipeline.new_tracker() if on_policy else None
     sampling = pipeline.config.sampling

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distilled_decoding.checkpoint import load_component, load_config, save_component
 from distilled_decoding.families.published import PublishedNames
+from distilled_decoding.student import Head
 
 Component = tuple[type[Any], type[Any]]
 """A part of a model with a folder of its own: its class, and the dataclass that this takes and keeps as `config`."""
@@ -28,10 +29,11 @@ class Family:
             One called `tokenizer` stays in float32, whatever dtype the others are given.
         teacher: makes a `Teacher` (a module) of the components, given by keyword.
         student: a `Student` with a class method `from_teacher(teacher, seed)`; its config has `vocab_size` and
-            `code_dim`.
+            `code_dim`. Of several heads, the method takes which it is to be, and its config has `head`.
         published: how files that others published are read; None when there are none.
         plain_loop: samples as the published code does, codes from (teacher, condition, sampling, generator): what
             speed is compared with; None when there is none.
+        heads: those that a student can have.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Family:
     student: Component
     published: PublishedNames | None = None
     plain_loop: Callable[..., Tensor] | None = None
+    heads: tuple[Head, ...] = ("code",)
 
     def class_names(self, student: bool) -> dict[str, str]:
         """The class of every component by its name, with the student's or without."""
@@ -88,6 +91,16 @@ class Family:
         """Write `student/`."""
         save_component(folder / "student", student, student.config, dtype)
 
-    def new_student(self, teacher: Any, seed: int) -> Any:
-        """A student that begins where the teacher stands."""
-        return self.student[0].from_teacher(teacher, seed)
+    def new_student(self, teacher: Any, seed: int, head: Head = "code") -> Any:
+        """A student that begins where the teacher stands.
+
+        Raises:
+            ValueError: a head that students of this family do not have.
+        """
+        if head not in self.heads:
+            raise ValueError(f"a student of {self.name} has no {head} head; choose {' or '.join(self.heads)}")
+        return self.student[0].from_teacher(teacher, seed, *([head] if len(self.heads) > 1 else []))
+
+    def head(self, student: Any) -> Head:
+        """Which head a student has."""
+        return student.config.head if len(self.heads) > 1 else self.heads[0]  # type: ignore[no-any-return]

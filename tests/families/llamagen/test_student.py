@@ -10,6 +10,7 @@ from distilled_decoding.families.llamagen.student import LlamaGenStudent, Studen
 from distilled_decoding.families.llamagen.teacher import LlamaGenTeacher
 from distilled_decoding.sampling import jump
 from distilled_decoding.student import final_sequence
+from distilled_decoding.teacher import Guidance
 from tests.families.llamagen import reference
 from tests.families.llamagen.test_teacher import CONDITIONS, teacher_of
 from tests.families.llamagen.test_transformer import CAPTIONED, CONFIG, randomised
@@ -188,3 +189,17 @@ def test_a_caption_is_told_from_another_and_from_none(student, condition):
         seen = student(code_BLC, other, KNOWN_B)
         assert (seen.logits_BLV != own.logits_BLV).flatten(1).any(1).all()
         assert (seen.code_BLC != own.code_BLC).flatten(1).any(1).all()
+
+
+@torch.no_grad()
+def test_with_a_flow_head_known_codes_are_read_as_the_teacher_reads_tokens(teacher, condition):
+    """Where the affine map fits the embeddings exactly and all is known, the student is the teacher."""
+    embedding = teacher.transformer.tok_embeddings.weight
+    embedding.copy_(teacher.codebook @ torch.randn(4, 32) + torch.randn(32))
+    student = LlamaGenStudent.from_teacher(teacher, head="flow").eval()
+    student.n_d_embed.weight.zero_()
+    token_BL = torch.randint(24, (3, 16))
+    output = student(codebook.lookup(token_BL, teacher.codebook), condition, torch.full((3,), 16))
+    expected_BLV = teacher.forced_logits(token_BL, condition, Guidance())
+    torch.testing.assert_close(output.logits_BLV, expected_BLV, rtol=1e-4, atol=1e-4)
+    assert output.code_BLC is None

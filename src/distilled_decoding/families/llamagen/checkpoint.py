@@ -71,4 +71,5 @@ FAMILY = Family(
     student=(LlamaGenStudent, StudentConfig),
     published=PublishedNames(component, sizes, lambda name, config: Origin(name)),
     plain_loop=plain_loop,
+    heads=("code", "flow"),
 )

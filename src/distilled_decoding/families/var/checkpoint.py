@@ -101,4 +101,5 @@ FAMILY = Family(
     student=(VARStudent, StudentConfig),
     published=PublishedNames(component, sizes, origin),
     plain_loop=plain_loop,
+    heads=("code", "flow"),
 )

@@ -62,6 +62,19 @@ class TokenizerConfig:
         scale_order(self.patch_nums)
 
 
+def spread(code_BKC: Tensor, side: int, full: int) -> Tensor:
+    """A scale's map at full size, [B, C, h, w]."""
+    h_BChw = code_BKC.mT.unflatten(2, (side, side))
+    return h_BChw if side == full else F.interpolate(h_BChw, size=(full, full), mode="bicubic")
+
+
+def average(f_BChw: Tensor, side: int) -> Tensor:
+    """A map of full size averaged down to a scale's, [B, K, C]."""
+    if side < f_BChw.shape[-1]:
+        f_BChw = F.interpolate(f_BChw, size=(side, side), mode="area")
+    return f_BChw.flatten(2).mT
+
+
 class Phi(nn.Conv2d):
     """Half the map itself, half its 3x3 convolution: mends what resampling blurred."""
 
@@ -97,17 +110,12 @@ class ScaleQuantizer(nn.Module):
 
     def share(self, code_BKC: Tensor, scale: int) -> Tensor:
         """What one scale adds to the features: its codes brought to full size, through phi; [B, C, h, w]."""
-        side, full = self.patch_nums[scale], self.patch_nums[-1]
-        h_BChw = code_BKC.mT.unflatten(2, (side, side))
-        if scale < len(self.patch_nums) - 1:
-            h_BChw = F.interpolate(h_BChw, size=(full, full), mode="bicubic")
+        h_BChw = spread(code_BKC, self.patch_nums[scale], self.patch_nums[-1])
         return self.quant_resi.of_scale(scale, len(self.patch_nums))(h_BChw)
 
     def reduce(self, f_BChw: Tensor, scale: int) -> Tensor:
         """Features averaged down to one scale's map, [B, K, C]."""
-        if scale < len(self.patch_nums) - 1:
-            f_BChw = F.interpolate(f_BChw, size=(self.patch_nums[scale],) * 2, mode="area")
-        return f_BChw.flatten(2).mT
+        return average(f_BChw, self.patch_nums[scale])
 
 
 class MultiScaleTokenizer(nn.Module):
