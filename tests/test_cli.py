@@ -112,6 +112,30 @@ def test_a_student_learns_from_tokens_without_trajectories(run, model: Path, mad
     assert code == 0 and json.loads(text)["student_temperature"] == 0
 
 
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_a_flow_head_learns_from_trajectories_and_then_from_its_own_tokens(run, tmp_path: Path, family: str) -> None:
+    tiny.pipeline(family=family).save_pretrained(tmp_path / "model")
+    assert run("trajectories", tmp_path / "model", "--num", 8, "--out", tmp_path / "t")[0] == 0
+    words = ["--head", "flow", "--num-updates", 3, "--batch-size", 2, "--start-blocks", 0, 2, "--json"]
+    first = ["distill", tmp_path / "model", "--trajectories", tmp_path / "t", "--out", tmp_path / "a"]
+    code, text, _ = run(*first, *words)
+    made = json.loads(text)
+    assert code == 0 and made["training"]["head"] == "flow" and made["split_block"] == made["blocks"]
+    then = ["distill", tmp_path / "a", "--method", "tokens", "--tracker-first", 1, "--start", "student"]
+    assert json.loads(run(*then, *words, "--plan")[1])["teraflop"] > 0
+    code, text, _ = run(*then, *words, "--out", tmp_path / "b")
+    assert code == 0 and json.loads(text)["student_temperature"] == 0
+    pictures = [tmp_path / name for name in ("student.png", "refined.png", "teacher.png")]
+    ways = (["--steps", 2], ["--refine", made["blocks"]], ["--steps", "teacher"])
+    for picture, way in zip(pictures, ways, strict=True):
+        assert run("sample", tmp_path / "b", *way, "--num", 4, "--grid", picture)[0] == 0
+    student, refined, teacher = (picture.read_bytes() for picture in pictures)
+    assert student != refined == teacher
+    code, _, error = run(*then, "--head", "code", "--out", tmp_path / "c")
+    assert code == 2 and "goes on with a flow head, not with --head code" in error
+    assert "flow map takes" in (tmp_path / "b" / "README.md").read_text()
+
+
 def test_new_starts_leave_the_weights_of_the_models_own(run, tmp_path: Path) -> None:
     pipeline = tiny.pipeline()
     training = dataclasses.replace(pipeline.config.training, start_blocks=(0, 4), start_weights=(0.7, 0.3))

@@ -19,7 +19,7 @@ from distilled_decoding.distill import (
     start_blocks_of,
 )
 from distilled_decoding.distill_trajectories import Trajectories, batch_loss
-from distilled_decoding.losses import LossWeights, corrupt, distillation_loss, perceptual_loss
+from distilled_decoding.losses import LossWeights, TokenSettings, corrupt, distillation_loss, perceptual_loss
 from distilled_decoding.noise import image_keys
 from distilled_decoding.parallel import RunSettings, own_parts
 from distilled_decoding.sampling import Plan
@@ -182,6 +182,10 @@ def test_perceptual_training_reaches_the_heads_that_are_sampled(tmp_path: Path) 
         ({"start_weights": (0.0, 0.0)}, "start_weights must not be negative and one must be positive"),
         ({"grad_clip": -1.0}, "grad_clip must be positive, got -1"),
         ({"warmup": -1}, "warmup must not be negative, got -1"),
+        ({"head": "both"}, "unknown head 'both'; choose one of code, flow"),
+        ({"head": "flow", "method": "scores"}, "the method scores trains a code head, but head is flow"),
+        ({"head": "flow", "loss": LossWeights(perceptual_weight=0.5)}, "a perceptual weight of 0.5 needs a code head"),
+        ({"head": "flow", "tokens": TokenSettings(draw_temperature=0.7)}, "draws at temperature 1, got .* 0.7"),
     ],
 )
 def test_bad_settings_are_refused(change: dict, message: str) -> None:

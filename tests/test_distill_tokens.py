@@ -325,6 +325,23 @@ def test_a_student_trains_on_what_it_samples(family: str) -> None:
         assert torch.equal(codes_BLC, lookup(drawn.token_BL, pipe.teacher.codebook))
 
 
+@pytest.mark.parametrize("family", ["llamagen", "var", "text"])
+def test_with_a_flow_head_it_trains_on_what_the_flow_map_makes(family: str) -> None:
+    pipe = tiny.pipeline(family=family).with_settings(start_blocks=(0, 2), student_temperature=0.0)
+    pipe = pipe.with_student(pipe.new_student(0, "flow").eval(), (0, 2), pipe.teacher.order.num_blocks)
+    table, settings = tiny.table(pipe.teacher), replace(SETTINGS, head="flow")
+    method = Tokens(pipe.teacher, pipe.new_tracker, table, tiny.SAMPLING, settings, flow=tiny.FLOW)
+    begun = method.batch(3)
+    for known_blocks, schedule in ((0, (0,)), (2, (0, 2))):
+        drawn = method.drawn(begun, known_blocks, pipe.student)
+        codes_BLC = pipe.codes(Plan(schedule), drawn.condition, begun.key_N)
+        assert torch.equal(codes_BLC, lookup(drawn.token_BL, pipe.teacher.codebook))
+    networks = {name: network for name, (network, _) in method.networks.items()}
+    student = pipe.student.requires_grad_(True)
+    method.student_losses(begun, 0, {STUDENT: student, **networks}).total.backward()
+    assert all(p.grad is not None and p.grad.any() for p in student.parameters() if p.shape != (2, 32))
+
+
 @pytest.mark.parametrize("family", ["llamagen", "var"])
 def test_a_tracker_is_a_copy_of_the_teacher_without_its_tokenizer(family: str) -> None:
     pipe = tiny.pipeline(family=family)

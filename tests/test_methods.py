@@ -23,6 +23,8 @@ def named(name):
         ("span:2:4", 4),
         ("span:0:4", 5),
         ("span:2:16", 15),
+        ("refine:1:1", 2),
+        ("refine:2:3", 5),
     ],
 )
 def test_passes_are_those_of_the_model(name, passes):
@@ -30,7 +32,18 @@ def test_passes_are_those_of_the_model(name, passes):
 
 
 def test_what_determines_the_images_differs_between_methods():
-    names = ("1", "2", "teacher", "teacher-ancestral", "onestep", "skip:1", "skip:2", "span:2:4", "span:0:4")
+    names = (
+        "1",
+        "2",
+        "teacher",
+        "teacher-ancestral",
+        "onestep",
+        "skip:1",
+        "skip:2",
+        "span:2:4",
+        "span:0:4",
+        "refine:1:1",
+    )
     made_from = [named(name).made_from for name in names]
     assert all(a != b for i, a in enumerate(made_from) for b in made_from[:i])
 

@@ -151,6 +151,8 @@ def test_a_distance_and_a_score_have_their_proper_names() -> None:
         ("4", "4 steps"),
         ("span:16:24", "student + teacher on blocks 16 to 23"),
         ("span:5:6", "student + teacher on block 5"),
+        ("refine:1:1", "1 step + 1 refining pass"),
+        ("refine:2:3", "2 steps + 3 refining passes"),
         ("skip:8", "teacher without its last 8 passes"),
         ("teacher-ancestral", "teacher (ancestral)"),
     ],

@@ -152,7 +152,7 @@ def sampled(
     pipe: Pipeline, out: Path, labels: tuple[int, ...] = (), prompts: tuple[str, ...] = (), num: int = 5
 ) -> np.ndarray:
     """The numbers that the evaluator's file has for each image."""
-    run = commands.SampleRun("toy", labels, prompts, num, 1, None, None, "causal", 0)
+    run = commands.SampleRun("toy", labels, prompts, num, 1, None, None, "causal", 0, 0)
     commands.sample_images(run, pipe, out, None, out.with_suffix(".npz"))
     return np.load(out.with_suffix(".npz"))["arr_1"]
 

@@ -108,7 +108,9 @@ def _settings(config: "PipelineConfig") -> str:
 def _student(config: "PipelineConfig") -> str:
     starts, temperature = ", ".join(map(str, config.start_blocks)), config.student_temperature
     drawn = f"\n| tokens | drawn from the logits at temperature {temperature:g} |" if temperature > 0 else ""
+    split = f"| split | blocks before {config.split_block} come from the logits head, the others from the code head |"
+    flow = "| head | flow: the logits of a token do not see its noise, which the flow map takes to it |"
     return f"""| | |
 |---|---|
 | starting blocks, so up to {len(config.start_blocks)} steps | {starts} |
-| split | blocks before {config.split_block} come from the logits head, the others from the code head |{drawn}"""
+{flow if config.training.head == "flow" else split}{drawn}"""

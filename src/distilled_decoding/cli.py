@@ -58,6 +58,7 @@ def sample(
     schedule: tuple[int, ...] | None = None,
     teacher_span: tuple[int, int] | None = None,
     prefix: Prefix = "causal",
+    refine: int = 0,
     split_block: int | None = None,
     student_temperature: float | None = None,
     seed: int = 0,
@@ -82,6 +83,8 @@ def sample(
         teacher_span: blocks that the teacher predicts in between, such as 16 24.
         prefix: how the teacher reads the blocks before its span; `unmasked` is how VAR's published results with it
             were made.
+        refine: passes of the teacher over all blocks at once, behind the student's steps; each leads closer to the
+            teacher's own image of the same noise.
         split_block: blocks before it come from the logits, the others from the code head; by default the model's.
         student_temperature: of the draw of tokens from the logits; 0 takes the most likely; by default the model's.
         seed: of the run.
@@ -94,7 +97,7 @@ def sample(
         compile: worth it for many images: the first ones take a minute or more, the others less.
         json: print one JSON object.
     """
-    run = commands.SampleRun(model, labels, prompt, num, _steps(steps), schedule, teacher_span, prefix, seed)
+    run = commands.SampleRun(model, labels, prompt, num, _steps(steps), schedule, teacher_span, prefix, refine, seed)
     given = _given({"split_block": split_block, "student_temperature": student_temperature})
     pipeline = _load(model, device, dtype, compile).with_settings(**given)
     _print(commands.sample_images(run, pipeline, out, grid, npz), json)
@@ -322,7 +325,8 @@ def evaluate(
         model: shipped name, folder or hub id.
         out: folder of the results; what is there already is not measured again.
         methods: student steps (1, 2 ...), teacher, teacher-ancestral, span:A:B (the student with the teacher on blocks
-            A to B-1), onestep (each token from its own frequency), skip:N (the teacher saves its last N passes).
+            A to B-1), refine:K:N (K steps, then N passes of the teacher over all blocks), onestep (each token from its
+            own frequency), skip:N (the teacher saves its last N passes).
         num: images of each method and seed, classes or prompts in turn.
         seeds: run seeds; mean and spread are over them.
         keep: images of each run that are kept for pictures.

@@ -55,6 +55,7 @@ class SampleRun:
     schedule: tuple[int, ...] | None
     teacher_span: tuple[int, int] | None
     prefix: Prefix
+    refine: int
     seed: int
 
 
@@ -90,7 +91,7 @@ def sample_images(
     check_file(picture, ".png")
     check_file(npz, ".npz")
     asked = _asked(pipeline, run)
-    plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix)
+    plan = pipeline.plan(run.steps, run.schedule, run.teacher_span, run.prefix, run.refine)
     settings = {"labels": run.labels, **asked.table.identity, "num": run.num, "seed": run.seed}
     settings |= identity(pipeline, plan)
     notes = {"model": run.model, "device": str(pipeline.device), "prompts": asked.table.prompts}

@@ -82,6 +82,9 @@ def method_name(method: str) -> str:
         first, end = map(int, numbers)
         blocks = f"block {first}" if end == first + 1 else f"blocks {first} to {end - 1}"
         return f"student + teacher on {blocks}"
+    if kind == "refine":
+        passes = f"{numbers[1]} refining pass{'es' * (numbers[1] != '1')}"
+        return f"{method_name(numbers[0])} + {passes}"
     if kind == "skip":
         return f"teacher without its last {'pass' if numbers == ['1'] else f'{numbers[0]} passes'}"
     return f"{method} step{'s' * (method != '1')}" if method.isdecimal() else _NAMES.get(method, method)
@@ -226,7 +229,12 @@ def _headline(summary: Mapping[str, Any]) -> str:
 def _kind(method: str) -> figures.Kind:
     if method.isdecimal():
         return "student"
-    kinds: dict[str, figures.Kind] = {"teacher": "teacher", "teacher-ancestral": "ancestral", "span": "span"}
+    kinds: dict[str, figures.Kind] = {
+        "teacher": "teacher",
+        "teacher-ancestral": "ancestral",
+        "span": "span",
+        "refine": "span",
+    }
     return kinds.get(method.split(":")[0], "baseline")
 
 
