@@ -14,6 +14,10 @@ from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 
 
+STUDENTS_OF_TRAJECTORIES = ("fashion-var", "emoji-t2i")
+"""Token matching leaves its student a map of its own from noise to images."""
+
+
 @pytest.fixture(scope="module", params=zoo.shipped())
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -45,7 +49,24 @@ def test_it_keeps_the_promises(pipe: Pipeline) -> None:
     check_student(pipe.student, pipe.teacher)
 
 
-def test_one_step_makes_its_own_teacher_image_rather_than_another(pipe: Pipeline) -> None:
+@torch.no_grad()
+def test_the_tokens_of_one_step_hang_together_as_the_teachers_do(pipe: Pipeline) -> None:
+    """The teacher finds them likelier than a mixture of several images of one class or prompt, token by token."""
+    table, key_B = pipe.table(pipe.prompts[:1] or None), image_keys("sampling", 0, range(32))
+    condition, guidance = table[torch.full((32,), 3 if pipe.num_classes else 0)], pipe.config.sampling.guidance
+    token_BL = nearest(pipe.codes(pipe.plan(1), condition, key_B), pipe.teacher.codebook)
+    order_BL = torch.rand(token_BL.shape, generator=torch.Generator().manual_seed(0)).argsort(0)
+
+    def surprise(token_BL: torch.Tensor) -> float:
+        log_p_BLV = pipe.teacher.forced_logits(token_BL, condition, guidance).log_softmax(-1)
+        return -log_p_BLV.gather(-1, token_BL[..., None]).mean().item()
+
+    assert surprise(token_BL) < 0.8 * surprise(token_BL.gather(0, order_BL))
+
+
+@pytest.mark.parametrize("name", STUDENTS_OF_TRAJECTORIES)
+def test_one_step_makes_its_own_teacher_image_rather_than_another(name: str) -> None:
+    pipe = Pipeline.from_pretrained(name)
     table, key_B = pipe.table(pipe.prompts[:8] or None), image_keys("sampling", 0, range(8))
     # A class leaves much to the noise, a caption little.
     condition = table[torch.full((8,), 3) if pipe.num_classes else torch.arange(8)]

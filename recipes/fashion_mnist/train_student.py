@@ -1,0 +1,64 @@
+"""The student: python -m recipes.fashion_mnist.train_student --model DIR --trajectories DIR --out DIR.
+
+Regression on trajectories first, which teaches it what noise stands for, then token matching. The whole model lies in
+OUT/student; the same command goes on where it was stopped.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from distilled_decoding.distill import DistillSettings
+from distilled_decoding.losses import OnPolicySettings, TokenSettings
+from distilled_decoding.pipeline import Pipeline
+from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.training_command import distill_student
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a student with a flow head, in two stretches."""
+
+    model: Path
+    trajectories: Path
+    out: Path
+    start_blocks: tuple[int, ...] = (0, 20)
+    start_weights: tuple[float, ...] = (0.7, 0.3)
+    num_updates: int = 2000
+    num_token_updates: int = 900
+
+
+def main(settings: Settings) -> None:
+    """Train and write both models."""
+    torch.set_num_threads(2)
+    first = DistillSettings(
+        head="flow",
+        num_updates=settings.num_updates,
+        learning_rate=1e-3,
+        warmup=200,
+        start_blocks=settings.start_blocks,
+        start_weights=settings.start_weights,
+        compile=True,
+    )
+    then = replace(
+        first,
+        method="tokens",
+        num_updates=settings.num_token_updates,
+        learning_rate=1e-4,
+        warmup=50,
+        ema_rate=0.99,
+        on_policy=OnPolicySettings(tracker_first=120, tracker_updates=1, tracker_rate=4),
+        tokens=TokenSettings(ratio_clamp=3, forward_share=1),
+    )
+    teacher, store = Pipeline.from_pretrained(settings.model), TrajectoryStore.open(settings.trajectories)
+    folder = settings.out / "regressed"
+    regressed = distill_student(str(settings.model), teacher, store, folder, first, title="1/2 regression")
+    distill_student(
+        str(folder), regressed, None, settings.out / "student", then, title="2/2 token matching", start="student"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
