@@ -13,7 +13,6 @@ from distilled_decoding.index import INDEX
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 
-
 STUDENTS_OF_TRAJECTORIES = ("fashion-var", "emoji-t2i")
 """Token matching leaves its student a map of its own from noise to images."""
 
@@ -51,9 +50,10 @@ def test_it_keeps_the_promises(pipe: Pipeline) -> None:
 
 @torch.no_grad()
 def test_the_tokens_of_one_step_hang_together_as_the_teachers_do(pipe: Pipeline) -> None:
-    """The teacher finds them likelier than a mixture of several images of one class or prompt, token by token."""
-    table, key_B = pipe.table(pipe.prompts[:1] or None), image_keys("sampling", 0, range(32))
-    condition, guidance = table[torch.full((32,), 3 if pipe.num_classes else 0)], pipe.config.sampling.guidance
+    """The teacher finds them likelier than a mixture, token by token, of images of one class or of some prompts."""
+    table, key_B = pipe.table(pipe.prompts[:8] or None), image_keys("sampling", 0, range(32))
+    number_B = torch.full((32,), 3) if pipe.num_classes else torch.arange(32) % 8
+    condition, guidance = table[number_B], pipe.config.sampling.guidance
     token_BL = nearest(pipe.codes(pipe.plan(1), condition, key_B), pipe.teacher.codebook)
     order_BL = torch.rand(token_BL.shape, generator=torch.Generator().manual_seed(0)).argsort(0)
 
