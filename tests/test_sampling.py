@@ -184,6 +184,14 @@ def test_each_refining_pass_makes_one_more_block_the_teachers_own() -> None:
     assert torch.equal(codes(Plan((0,), refine=16)), expected)
 
 
+def test_a_flow_head_refuses_what_it_would_not_heed() -> None:
+    pipe = PIPE.with_student(PIPE.new_student(0, "flow").eval(), (0,), 16)
+    assert pipe.plan(1) == Plan((0,))
+    for change in ({"student_temperature": 0.5}, {"split_block": 8}):
+        with pytest.raises(ValueError, match="leave out student_temperature .* and split_block"):
+            pipe.with_settings(**change).plan(1)
+
+
 def test_refining_follows_student_steps() -> None:
     for plan in (Plan((), refine=1), Plan((0,), refine=-1)):
         with pytest.raises(ValueError, match=f"behind student steps, got {plan.refine}"):

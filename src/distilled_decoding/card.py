@@ -52,7 +52,7 @@ It samples with these settings. A student learns them with it, by the {flow.solv
 
 ## Student
 
-{_student(config) if pipeline.student is not None else _NO_STUDENT}
+{_student(pipeline) if pipeline.student is not None else _NO_STUDENT}
 
 ## Use
 
@@ -105,7 +105,8 @@ def _settings(config: "PipelineConfig") -> str:
     return "\n".join(f"| {key} | {json.dumps(value)} |" for key, value in asdict(config.sampling).items())
 
 
-def _student(config: "PipelineConfig") -> str:
+def _student(pipeline: "Pipeline") -> str:
+    config = pipeline.config
     starts, temperature = ", ".join(map(str, config.start_blocks)), config.student_temperature
     drawn = f"\n| tokens | drawn from the logits at temperature {temperature:g} |" if temperature > 0 else ""
     split = f"| split | blocks before {config.split_block} come from the logits head, the others from the code head |"
@@ -113,4 +114,4 @@ def _student(config: "PipelineConfig") -> str:
     return f"""| | |
 |---|---|
 | starting blocks, so up to {len(config.start_blocks)} steps | {starts} |
-{flow if config.training.head == "flow" else split}{drawn}"""
+{flow if pipeline.head == "flow" else split}{drawn}"""

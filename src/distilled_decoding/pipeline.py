@@ -499,7 +499,14 @@ class Pipeline:
             return check_plan(plan, self.teacher.order, self.config.start_blocks)
         if self.student is None:
             raise ValueError("this model has no student yet: sample with steps teacher, or make one with `distill`")
-        starts = self.config.start_blocks
+        starts, config = self.config.start_blocks, self.config
+        if self.head == "flow" and (
+            config.student_temperature > 0 or config.split_block < self.teacher.order.num_blocks
+        ):
+            raise ValueError(
+                "the flow map alone takes this student's noise to tokens: leave out student_temperature "
+                f"(it is {config.student_temperature:g}) and split_block (it is {config.split_block})"
+            )
         if schedule is None:
             blocks = spread_schedule(1 if steps is None else steps, starts)
         else:
