@@ -129,7 +129,7 @@ class DistillSettings:
     def _check_flow_head(self) -> None:
         """Refuse what needs a code head, or another draw than the flow map's."""
         if self.method == "scores":
-            raise ValueError("the method scores trains a code head, but head is flow; take trajectories or tokens")
+            raise ValueError("the method scores trains a code head, but head is flow; give --head code, or no scores")
         if self.loss.perceptual_weight > 0:
             weight = self.loss.perceptual_weight
             raise ValueError(f"a perceptual weight of {weight} needs a code head, but head is flow; leave it out")
