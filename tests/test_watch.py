@@ -20,7 +20,7 @@ def test_a_model_that_the_shipped_features_do_not_fit_has_pictures_alone(tmp_pat
     assert Image.open(tmp_path / "000500.png").size == (10 * 8 * 2, 4 * 8 * 2)
 
 
-def test_samples_are_compared_with_real_images_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_compared_with_the_teachers_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extractor, reference = tiny.extractor()
     monkeypatch.setattr(zoo, "extractor", lambda *_: extractor)
     monkeypatch.setattr(zoo, "reference", lambda: reference)
@@ -31,9 +31,9 @@ def test_samples_are_compared_with_real_images_while_training(tmp_path: Path, mo
     assert sorted(path.name for path in (out / "watch").iterdir()) == ["000002.png", "000004.png"]
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [2, 4]
-    assert lines[0]["frechet_distance"] != lines[1]["frechet_distance"]
+    assert lines[0]["distance_to_teacher"] != lines[1]["distance_to_teacher"]
     seen = Watch(trained, tiny.CLASSES, tmp_path / "again").look(trained.student, 4)
-    assert seen["frechet_distance"] == lines[1]["frechet_distance"]
+    assert seen["distance_to_teacher"] == lines[1]["distance_to_teacher"]
 
 
 def test_a_log_forgets_what_is_done_again(tmp_path: Path) -> None:

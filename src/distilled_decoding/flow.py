@@ -78,20 +78,24 @@ def flow_map(noise_BKC: Tensor, log_p_BKV: Tensor, codebook_VC: Tensor, settings
     Raises:
         ValueError: when the shapes disagree, or a row holds nan, +inf or only -inf.
     """
-    rows_shape, (vocab_size, channels) = noise_BKC.shape[:2], codebook_VC.shape
-    if noise_BKC.shape[2:] != (channels,) or log_p_BKV.shape != (*rows_shape, vocab_size):
+    vocab_size, channels = codebook_VC.shape
+    if noise_BKC.shape[2:] != (channels,) or log_p_BKV.shape != (*noise_BKC.shape[:2], vocab_size):
         shapes = ", ".join(str(tuple(each.shape)) for each in (noise_BKC, log_p_BKV, codebook_VC))
         raise ValueError(f"shapes {shapes} of noise, log p, codebook must be [B, K, C], [B, K, V], [V, C]")
     if not log_p_BKV.amax(-1).isfinite().all():
         raise ValueError("log p has a row that holds nan or +inf or only -inf; leave a code in every row")
     width = int((log_p_BKV > -math.inf).sum(-1).max())
-    gathered = width <= _GATHER_SHARE * vocab_size
-    map_rows = partial(_map_gathered, width=width) if gathered else _map_rows
-    num_rows = _rows_per_chunk(width * (channels + 1) if gathered else vocab_size, noise_BKC.device)
-    noise_chunks = noise_BKC.flatten(0, 1).split(num_rows)
-    log_p_chunks = log_p_BKV.flatten(0, 1).split(num_rows)
-    chunks = zip(noise_chunks, log_p_chunks, strict=True)
-    return torch.cat([map_rows(*chunk, codebook_VC, settings) for chunk in chunks]).view(rows_shape)
+    if width > _GATHER_SHARE * vocab_size:
+        return full_flow_map(noise_BKC, log_p_BKV, codebook_VC, settings)
+    map_rows = partial(_map_gathered, codebook_VC=codebook_VC, settings=settings, width=width)
+    return _in_chunks(map_rows, noise_BKC, log_p_BKV, width * (channels + 1))
+
+
+@torch.no_grad()
+def full_flow_map(noise_BKC: Tensor, log_p_BKV: Tensor, codebook_VC: Tensor, settings: FlowSettings) -> Tensor:
+    """`flow_map` among all codes and unchecked: shapes alone say what is computed, so that it can be compiled."""
+    map_rows = partial(_map_rows, codebook=codebook_VC, settings=settings)
+    return _in_chunks(map_rows, noise_BKC, log_p_BKV, len(codebook_VC))
 
 
 def integrate(
@@ -206,6 +210,15 @@ def _rows_per_chunk(numbers_per_row: int, device: torch.device) -> int:
     """Return how many rows to map at once."""
     numbers = _CHUNK_NUMBERS["cpu" if device.type == "cpu" else "cuda"]
     return min(max(1, numbers // numbers_per_row), _CHUNK_ROWS)
+
+
+def _in_chunks(
+    map_rows: Callable[[Tensor, Tensor], Tensor], noise_BKC: Tensor, log_p_BKV: Tensor, numbers_per_row: int
+) -> Tensor:
+    """Return token_BK, some rows at a time."""
+    num_rows = _rows_per_chunk(numbers_per_row, noise_BKC.device)
+    chunks = zip(noise_BKC.flatten(0, 1).split(num_rows), log_p_BKV.flatten(0, 1).split(num_rows), strict=True)
+    return torch.cat([map_rows(*chunk) for chunk in chunks]).view(noise_BKC.shape[:2])
 
 
 def _map_rows(noise_NC: Tensor, log_p_NV: Tensor, codebook: Tensor, settings: FlowSettings) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition
-from distilled_decoding.flow import FlowSettings, flow_map
+from distilled_decoding.flow import FlowSettings, full_flow_map
 from distilled_decoding.teacher import draw
 
 Head = Literal["code", "flow"]
@@ -107,14 +107,13 @@ def final_sequence(
     return torch.cat([chosen_BLC, output.code_BLC[:, split:]], dim=1)
 
 
-@torch.compiler.disable  # how many codes it looks at depends on numbers
 def flow_tokens(logits_BLV: Tensor, noise_BLC: Tensor, codebook_VC: Tensor, flow: FlowSettings) -> Tensor:
     """The tokens [B, L] to which the flow map of a student's logits takes the noise of their positions (Eq. 20).
 
     Where logits are not numbers all tokens are as likely.
     """
     known_BL1 = logits_BLV.isfinite().all(-1, keepdim=True)
-    return flow_map(noise_BLC, logits_BLV.masked_fill(~known_BL1, 0).log_softmax(-1), codebook_VC, flow)
+    return full_flow_map(noise_BLC, logits_BLV.masked_fill(~known_BL1, 0).log_softmax(-1), codebook_VC, flow)
 
 
 def flow_sequence(logits_BLV: Tensor, noise_BLC: Tensor, codebook_VC: Tensor, flow: FlowSettings) -> Tensor:

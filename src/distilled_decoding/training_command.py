@@ -44,8 +44,8 @@ class Upkeep:
         save_every: updates between checkpoints.
         keep_last: checkpoints that are kept.
         resume: a checkpoint to go on from, instead of the newest in the folder.
-        watch_every: updates between pictures of samples, with a quick Fréchet distance for a model of the shipped
-            models' images; 0: none.
+        watch_every: updates between pictures of samples, with a quick Fréchet distance to the teacher's samples
+            for a model of the shipped models' images; 0: none.
         tensorboard: also write files for TensorBoard.
 
     Raises:
