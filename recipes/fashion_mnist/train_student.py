@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from distilled_decoding.distill import DistillSettings
-from distilled_decoding.losses import OnPolicySettings, TokenSettings
+from distilled_decoding.distill import DistillSettings, usual_settings
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.training_command import distill_student
@@ -42,16 +41,7 @@ def main(settings: Settings) -> None:
         start_weights=settings.start_weights,
         compile=True,
     )
-    then = replace(
-        first,
-        method="tokens",
-        num_updates=settings.num_token_updates,
-        learning_rate=1e-4,
-        warmup=50,
-        ema_rate=0.99,
-        on_policy=OnPolicySettings(tracker_first=120, tracker_updates=1, tracker_rate=4),
-        tokens=TokenSettings(ratio_clamp=3, forward_share=1),
-    )
+    then = replace(usual_settings("tokens", first), num_updates=settings.num_token_updates)
     teacher, store = Pipeline.from_pretrained(settings.model), TrajectoryStore.open(settings.trajectories)
     folder = settings.out / "regressed"
     regressed = distill_student(str(settings.model), teacher, store, folder, first, title="1/2 regression")

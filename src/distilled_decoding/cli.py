@@ -18,7 +18,7 @@ from distilled_decoding import commands, describe, processes, training_command
 from distilled_decoding.bench import BenchSettings, bench_table
 from distilled_decoding.bench import bench as run_bench
 from distilled_decoding.demo import demo_table, run_demo
-from distilled_decoding.distill import DistillSettings
+from distilled_decoding.distill import DistillSettings, usual_settings
 from distilled_decoding.evaluate import EvaluationSettings
 from distilled_decoding.flags import flags_for, given_names, override
 from distilled_decoding.metrics.features import FeatureName
@@ -480,6 +480,8 @@ def _load(model: str, device: str, dtype: DType = "float32", compile: bool = Fal
 
 def _training(pipeline: Pipeline, flags: Any) -> DistillSettings:
     trained, given = pipeline.config.training, given_names(flags)
+    if flags.method is not None:
+        trained = usual_settings(flags.method, trained)
     if "start_blocks" in given:  # the model's weights belong to the model's starts
         trained = dataclasses.replace(trained, start_weights=())
     training = override(trained, flags)

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.losses import Losses, LossWeights, OnPolicySettings, ScoreSettings, TokenSettings
 from distilled_decoding.noise import image_keys, shuffled, uniform
+from distilled_decoding.optimizer import Optimizer
 from distilled_decoding.parallel import (
     RunSettings,
     Trainee,
@@ -38,9 +39,6 @@ from distilled_decoding.training_state import Checkpoints
 
 MethodName = Literal["trajectories", "tokens", "scores"]
 
-TRACKER_FIRST: dict[MethodName, int] = {"tokens": 200, "scores": 500}
-"""How many updates the trackers alone learn in by default: those of scores have a head that begins with nothing."""
-
 
 @dataclass(frozen=True)
 class DistillSettings:
@@ -51,7 +49,9 @@ class DistillSettings:
         batch_size: images in an update.
         learning_rate: peak of the schedule: linear warm-up, then a cosine to a hundredth.
         warmup: updates until the peak.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: on matrices only.
+        muon_rate: learning rate of the matrices of layers, which Muon then moves, in units of the others'; 0: AdamW
+            moves all.
         grad_clip: largest norm of the gradient.
         ema_rate: of the weights that are sampled from; at first min(ema_rate, (s + 1) / (s + 10)).
         start_blocks: where the student learns to start, 0 first; () means those of the model.
@@ -78,6 +78,7 @@ class DistillSettings:
     learning_rate: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.01
+    muon_rate: float = 0.0
     grad_clip: float = 1.0
     ema_rate: float = 0.998
     start_blocks: tuple[int, ...] = ()
@@ -102,7 +103,7 @@ class DistillSettings:
         for name in ("learning_rate", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
+        for name in ("warmup", "weight_decay", "muon_rate"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema_rate < 1:
@@ -141,10 +142,7 @@ class DistillSettings:
     @property
     def first_update(self) -> int:
         """The update, counted from 0, in which the student begins to learn."""
-        if self.method not in TRACKER_FIRST:
-            return 0
-        asked = self.on_policy.tracker_first
-        return TRACKER_FIRST[self.method] if asked is None else asked
+        return 0 if self.method == "trajectories" else self.on_policy.tracker_first
 
     @property
     def unread(self) -> set[str]:
@@ -170,6 +168,34 @@ class DistillSettings:
         last = self.start_blocks[-1]
         if self.block_weights and not any(self.block_weights[last:]):
             raise ValueError(f"block weights {self.block_weights} leave a start at block {last} nothing to learn")
+
+
+_USUAL: dict[MethodName, dict[str, Any]] = {
+    "trajectories": {"num_updates": 3000, "learning_rate": 1e-3, "warmup": 100, "ema_rate": 0.998},
+    "tokens": {
+        "num_updates": 450,
+        "learning_rate": 1e-4,
+        "warmup": 50,
+        "ema_rate": 0.99,
+        "on_policy": OnPolicySettings(tracker_first=120, tracker_updates=1, tracker_rate=4),
+        "tokens": TokenSettings(ratio_clamp=3, forward_share=1),
+    },
+    "scores": {
+        "num_updates": 1000,
+        "learning_rate": 1e-4,
+        "warmup": 50,
+        "ema_rate": 0.99,
+        "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4, tracker_rate=4),
+    },
+}
+
+
+def usual_settings(method: MethodName, trained: DistillSettings) -> DistillSettings:
+    """What a method takes where nothing else is said: all of the model's settings, where it was trained by this method.
+
+    Otherwise length, rates and what the method alone reads are what did best on the shipped models (EXPERIMENTS.md).
+    """
+    return trained if method == trained.method else replace(trained, method=method, **_USUAL[method])
 
 
 @dataclass(frozen=True)
@@ -231,20 +257,6 @@ def token_weights(order: BlockOrder, settings: DistillSettings, device: torch.de
     if not settings.block_weights:
         return None
     return torch.tensor(settings.block_weights, device=device)[order.block_L(device)]
-
-
-def make_optimizer(network: nn.Module, settings: DistillSettings) -> torch.optim.Optimizer:
-    """AdamW on what can be trained, its moments at zero; its weight decay spares vectors (norms, biases)."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-    for parameter in parameters:
-        moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    return optimizer
 
 
 @torch.no_grad()
@@ -317,27 +329,23 @@ class _Learner:
         self._network = network
         self._settings = settings
         self._first_update = first_update
-        self._optimizer = make_optimizer(network, settings)
+        self._optimizer = Optimizer(network, settings.weight_decay, settings.muon_rate)
         self._trainee = Trainee(network, settings.compile)
         self.forward: Forward = self._trainee.forward
 
     def step(self, losses_of: Callable[[slice], Losses], parts: list[slice], update: int) -> _Step:
         """Learn from the rows of an update, unless loss or gradient are not finite."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate_at(update, self._settings, self._first_update)
-        self._optimizer.zero_grad()
+        self._network.zero_grad()
         losses = self._trainee.gradients(losses_of, parts)
         norm = self._trainee.clip_gradients(self._settings.grad_clip)
         finite = math.isfinite(losses.total) and math.isfinite(norm)
         if finite:
-            self._optimizer.step()
+            self._optimizer.step(learning_rate_at(update, self._settings, self._first_update))
         return _Step(losses, norm, finite)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Everything of the optimizer that changes, by name; the tensors themselves."""
-        learnt = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
-        states = {name: self._optimizer.state[parameter] for name, parameter in learnt.items()}
-        return {f"{name}/{field}": value for name, state in states.items() for field, value in state.items()}
+        return self._optimizer.state()
 
 
 def distill(

@@ -82,8 +82,7 @@ class OnPolicySettings:
     """How a student and its trackers take turns, whatever the teacher judges of what the student makes.
 
     Attributes:
-        tracker_first: the first updates, in which the trackers alone learn; None is the method's own number,
-            see `distill.TRACKER_FIRST`.
+        tracker_first: the first updates, in which the trackers alone learn.
         tracker_updates: of the tracker in each update.
         tracker_rate: the tracker's learning rate, in units of the student's.
         trajectory_weight: of the loss on trajectories; 0 needs none.
@@ -92,13 +91,13 @@ class OnPolicySettings:
         ValueError: a setting outside its range.
     """
 
-    tracker_first: int | None = None
+    tracker_first: int = 200
     tracker_updates: int = 2
     tracker_rate: float = 1.0
     trajectory_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.tracker_first is not None and self.tracker_first < 0:
+        if self.tracker_first < 0:
             raise ValueError(f"tracker_first must be at least 0, got {self.tracker_first}")
         for name in ("tracker_updates", "tracker_rate"):
             if not 0 < getattr(self, name) < math.inf:

@@ -73,8 +73,8 @@ def own_parts(batch_size: int, micro_batch: int) -> list[slice]:
 
 
 def recompute_layers(module: nn.Module) -> None:
-    """Let each layer keep only its inputs for the backward pass; layers are what lies in a `ModuleList`."""
-    for layer in _layers(module):
+    """Let each layer keep only its inputs for the backward pass."""
+    for layer in layers_of(module):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
@@ -90,7 +90,7 @@ def shard(module: nn.Module) -> None:
     if world_size() == 1:
         raise ValueError("a sharded training needs several processes: start it with torchrun, or leave out --sharded")
     mesh = init_device_mesh(next(module.parameters()).device.type, (world_size(),))
-    for layer in _layers(module):
+    for layer in layers_of(module):
         for part in layer.children():
             if any(parameter.ndim > 1 and parameter.requires_grad for parameter in part.parameters()):
                 fully_shard(part, mesh=mesh)
@@ -176,7 +176,8 @@ def told_by_first(ask: Callable[[], Answer]) -> Answer:
     return answers[0]
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """What lies in a module's `ModuleList`s."""
     return [layer for child in module.modules() if isinstance(child, nn.ModuleList) for layer in child]
 
 

@@ -1,4 +1,4 @@
-"""Looking at a student while it trains: a picture of samples and, where the features fit, their distance to the teacher's.
+"""Looking at a student while it trains: a picture of samples and, where features fit, how far from the teacher it is.
 
 No real image has a part in it: what is chosen by such a look is not chosen by what it will be judged by.
 
