@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from distilled_decoding import zoo
+from distilled_decoding import training_log, zoo
 from distilled_decoding.distill import DistillSettings
 from distilled_decoding.training_command import Upkeep, distill_student
 from distilled_decoding.training_log import TrainingLog
@@ -36,15 +36,24 @@ def test_samples_are_compared_with_the_teachers_while_training(tmp_path: Path, m
     assert seen["distance_to_teacher"] == lines[1]["distance_to_teacher"]
 
 
-def test_a_log_forgets_what_is_done_again(tmp_path: Path) -> None:
+def test_a_log_forgets_what_is_done_again_and_counts_the_time_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(training_log, "perf_counter", lambda: clock[0])
     log = TrainingLog(tmp_path, tensorboard=False)
     for update in (20, 40, 60):
+        clock[0] += 5
         log.write(update, {"total": update / 10, "gradient_norm": float("inf")})
     whole = (tmp_path / "log.jsonl").read_text()
-    assert whole.splitlines()[0] == '{"update": 20, "total": 2.0, "gradient_norm": null}'
+    assert whole.splitlines()[0] == '{"update": 20, "total": 2.0, "gradient_norm": null, "seconds": 5.0}'
     (tmp_path / "log.jsonl").write_text(whole + '{"update": 8')
+    clock[0] = 7.0
     again = TrainingLog(tmp_path, tensorboard=False)
+    with again.untimed():
+        clock[0] += 50
     for update in (40, 60):
+        clock[0] += 5
         again.write(update, {"total": update / 10, "gradient_norm": float("inf")})
     assert (tmp_path / "log.jsonl").read_text() == whole
 

@@ -238,9 +238,9 @@ def broken_off(out: Path, place: Any, name: str, call: int, world: int) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the record, which names machine and time, and the lock of a run that was killed."""
+    """Every file but the record, which names machine and time, and the lock of a run that was killed; no times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("run.json", "writer.lock")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): tiny.timeless(path) for path in files}
 
 
 # What is called where, and at which call the process dies: in training, in each stage of saving, at the very end.

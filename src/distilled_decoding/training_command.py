@@ -1,6 +1,6 @@
 """The `distill` command as functions: it claims its folder, trains, tells of it, and writes the whole pipeline."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -241,7 +241,8 @@ class _Report:
         if update.number % 20 == 0 or not update.finite:
             self._say(update)
         if self._watch is not None and update.number % self._watch_every == 0:
-            seen = self._watch.look(update.average, update.number)
+            with self._log.untimed() if self._log is not None else nullcontext():
+                seen = self._watch.look(update.average, update.number)
             if self._log is not None and seen:
                 self._log.write(update.number, seen)
         self._bar.at(update.number)
