@@ -306,6 +306,10 @@ def mistakes() -> list[tuple[list, str]]:
         (["distill", "MODEL", "--out", "d", "--method", "tokens", "--noised", 2], "--noised changes nothing"),
         (["distill", "MODEL", "--out", "d", "--method", "scores", "--downstream", 1], "--downstream changes nothing"),
         (["distill", "MODEL", "--out", "d", "--method", "tokens", "--code-weight", 1], "give a --trajectory-weight"),
+        (
+            ["distill", "MODEL", "--out", "d", "--head", "flow", "--code-weight", 1],
+            "--code-weight changes nothing with --head",
+        ),
         (["sample", "MODEL", "--grid", "g.png", "--student-temperature", -1], "must be 0 or more, got -1"),
         (["evaluate", "MODEL", "--out", "e", "--methods", "3x"], "unknown method '3x'"),
         (["evaluate", "MODEL", "--out", "e", "--num", 0], "num must be at least 4"),

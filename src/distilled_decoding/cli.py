@@ -486,9 +486,11 @@ def _training(pipeline: Pipeline, flags: Any) -> DistillSettings:
         trained = dataclasses.replace(trained, start_weights=())
     training = override(trained, flags)
     if unread := sorted(given & training.unread):
-        way_out = "give a --trajectory-weight, too" if hasattr(training.loss, unread[0]) else "leave it out"
-        flag = unread[0].replace("_", "-")
-        raise ValueError(f"--{flag} changes nothing with --method {training.method}; {way_out}")
+        headless = training.head == "flow" and unread[0] == "code_weight"
+        mixable = hasattr(training.loss, unread[0]) and not headless
+        flag, there = unread[0].replace("_", "-"), "head flow" if headless else f"method {training.method}"
+        way_out = "give a --trajectory-weight, too" if mixable else "leave it out"
+        raise ValueError(f"--{flag} changes nothing with --{there}; {way_out}")
     return training
 
 

@@ -146,12 +146,14 @@ class DistillSettings:
 
     @property
     def unread(self) -> set[str]:
-        """Names of the settings of losses that the method does not look at."""
+        """Names of the settings of losses that have no part in this training."""
         kinds = (LossWeights, OnPolicySettings, TokenSettings, ScoreSettings)
         loss, on_policy, tokens, scores = ({each.name for each in fields(kind)} for kind in kinds)
         read = {"trajectories": loss, "tokens": on_policy | tokens, "scores": on_policy | scores}[self.method]
         if self.on_policy.trajectory_weight > 0:
             read |= loss
+        if self.head == "flow":
+            read.discard("code_weight")
         return (loss | on_policy | tokens | scores) - read
 
     def check(self, order: BlockOrder, split_block: int) -> None:
