@@ -153,7 +153,7 @@ class DistillSettings:
         if self.on_policy.trajectory_weight > 0:
             read |= loss
         if self.head == "flow":
-            read.discard("code_weight")
+            read = read - {"code_weight"}
         return (loss | on_policy | tokens | scores) - read
 
     def check(self, order: BlockOrder, split_block: int) -> None:
