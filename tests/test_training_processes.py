@@ -183,3 +183,9 @@ def test_torchrun_shares_a_distillation_and_ends_it_when_a_process_dies(
     monkeypatch.setattr(sys, "argv", ["distilled-decoding", *words])
     cli.main()
     assert Pipeline.from_pretrained(out).config.training.num_updates == 400
+
+
+def test_muon_moves_whole_and_shared_matrices_alike(tmp_path: Path) -> None:
+    runs("compare_worlds_of_muon", tmp_path)
+    assert_same_training(tmp_path, "two", within=1e-3)  # it orthogonalises in bfloat16
+    assert_same_training(tmp_path, "sharded-begun", "unsharded", within=1e-3)

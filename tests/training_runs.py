@@ -191,6 +191,20 @@ def compare_worlds_of_tokens(out: Path) -> None:
     checkpoint.save_json(out / "codes.json", codes)
 
 
+def compare_worlds_of_muon(out: Path) -> None:
+    """With Muon, on one and two processes, sharded."""
+    own = replace(SETTINGS, muon_rate=2.0)
+    tiny.store(out / "llamagen-trajectories", tiny.pipeline())
+    ways: dict[str, tuple[int, dict[str, Any]]] = {
+        "one": (1, {"settings": own}),
+        "two": (2, {"settings": own}),
+        "sharded-begun": (2, {"settings": own, "sharded": True, "stop_after": 3, "keep": "unsharded"}),
+        "unsharded": (1, {"settings": own}),
+    }
+    codes = {name: fork(partial(train, out, name, **how), world) for name, (world, how) in ways.items()}
+    checkpoint.save_json(out / "codes.json", codes)
+
+
 def compare_worlds_of_scores(out: Path) -> None:
     """Score distillation on one and two processes, in parts, mixed with trajectories, sharded."""
     own = replace(
