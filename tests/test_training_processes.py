@@ -44,12 +44,14 @@ def losses(folder: Path, *names: str) -> torch.Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
-def assert_same_training(folder: Path, *names: str, alone: str = "one", within: float = 1e-5) -> None:
+def assert_same_training(
+    folder: Path, *names: str, alone: str = "one", within: float = 1e-5, weights: float = 1e-3
+) -> None:
     torch.testing.assert_close(losses(folder, *names), losses(folder, alone), rtol=within, atol=within)
     a, b = (load_tensors(folder / name / "student.safetensors")[0] for name in (alone, names[-1]))
     assert a.keys() == b.keys()
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=0, atol=1e-3)
+        torch.testing.assert_close(value, b[name], rtol=0, atol=weights)
 
 
 def test_two_processes_in_parts_learn_what_one_learns(worlds: Path) -> None:
@@ -187,5 +189,6 @@ def test_torchrun_shares_a_distillation_and_ends_it_when_a_process_dies(
 
 def test_muon_moves_whole_and_shared_matrices_alike(tmp_path: Path) -> None:
     runs("compare_worlds_of_muon", tmp_path)
-    assert_same_training(tmp_path, "two", within=1e-3)  # it orthogonalises in bfloat16
-    assert_same_training(tmp_path, "sharded-begun", "unsharded", within=1e-3)
+    coarse = {"within": 1e-3, "weights": 3e-3}  # it orthogonalises in bfloat16
+    assert_same_training(tmp_path, "two", **coarse)
+    assert_same_training(tmp_path, "sharded-begun", "unsharded", **coarse)
