@@ -1,47 +1,75 @@
-"""Methods at equal time: python -m recipes.fashion_mnist.compare_methods --curves NAME=RUN NAME=RUN,RUN --out FILE.
+"""Methods at equal time: python -m recipes.fashion_mnist.compare_methods --model MODEL --curves CURVE CURVE --out FILE.
 
-Draws, from the logs of trainings with --watch-every, how far one-step samples are from the teacher's after how many
-seconds. A curve of several runs is of a student that went from one to the next. Also prints the last point of each.
+A curve is a method, NAME=SECONDS:DIR,SECONDS:DIR, a point of it a model and the seconds that its student took. All are measured alike, in one step and by the shipped
+features: against samples of MODEL's teacher and against the real test images. Prints a table and draws the first
+distance over time.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
+
+from distilled_decoding import zoo
+from distilled_decoding.condition import Asked
+from distilled_decoding.metrics.features import Extractor
+from distilled_decoding.metrics.frechet import frechet_distance
+from distilled_decoding.metrics.precision_recall import precision_recall
+from distilled_decoding.metrics.reference import Measured, measure
+from distilled_decoding.noise import image_keys
+from distilled_decoding.pipeline import Pipeline, Steps
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Draw the distance to the teacher against the time of training."""
+    """Measure models on their way, by method."""
 
+    model: str
     curves: tuple[str, ...]
     out: Path
+    num: int = 2000
+    num_teacher: int = 6000
     title: str = ""
 
 
-def points(folders: list[Path]) -> Iterator[tuple[float, float]]:
-    """Seconds of training and the distance then, over runs that followed one another."""
-    before = 0.0
-    for folder in folders:
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        yield from (
-            (before + line["seconds"], line["distance_to_teacher"]) for line in lines if "distance_to_teacher" in line
-        )
-        before += lines[-1]["seconds"]
+def samples(pipeline: Pipeline, steps: Steps, num: int, seed: int, extractor: Extractor) -> Measured:
+    """Features of balanced samples."""
+    asked = Asked.in_turn(pipeline.table(), num)
+    image_NCHW: Tensor = torch.cat(
+        list(pipeline.images(pipeline.plan(steps), asked, image_keys("evaluation", seed, range(num))))
+    )
+    return measure(extractor, image_NCHW.split(250), asked.number_N, "samples")
 
 
 def main(settings: Settings) -> None:
-    """Draw and print."""
+    """Measure, print and draw."""
+    torch.set_num_threads(2)
+    extractor, real = zoo.extractor("classifier"), zoo.reference()
+    assert real.feature_ND is not None
+    teacher = Pipeline.from_pretrained(settings.model)
+    taught = samples(teacher, "teacher-ancestral", settings.num_teacher, 11, extractor)
+    print(
+        "| | seconds | to the teacher's samples | to the test images | precision | recall |\n| - | - | - | - | - | - |"
+    )
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, curve in enumerate(settings.curves):
-        name, folders = curve.split("=", 1)
-        second, distance = zip(*points([Path(folder) for folder in folders.split(",")]), strict=True)
+        name, points = curve.split("=", 1)
+        second: list[float] = []
+        distance: list[float] = []
+        for point in points.split(","):
+            seconds, folder = point.split(":", 1)
+            made = samples(Pipeline.from_pretrained(folder), 1, settings.num, 7, extractor)
+            second.append(float(seconds))
+            distance.append(frechet_distance(made.statistics, taught.statistics))
+            to_real = frechet_distance(made.statistics, real.statistics)
+            precision, recall = precision_recall(real.feature_ND, made.feature_ND)
+            row = f"{distance[-1]:.3f} | {to_real:.3f} | {precision:.3f} | {recall:.3f}"
+            print(f"| {name} | {second[-1]:.0f} | {row} |", flush=True)
         axes.plot(second, distance, marker="os^Dv"[number % 5], label=name)
-        print(f"{name}: {distance[-1]:.3f} after {second[-1]:.0f} s, least {min(distance):.3f}")
     axes.set(xlabel="seconds of training", ylabel="Fréchet distance to the teacher's samples", title=settings.title)
     axes.set_yscale("log")
     axes.grid(alpha=0.25)
