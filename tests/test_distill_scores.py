@@ -38,7 +38,7 @@ SETTINGS = DistillSettings(
     start_blocks=(0, 2),
     bf16=False,
     ema_rate=0.9,
-    on_policy=OnPolicySettings(tracker_first=2),
+    on_policy=OnPolicySettings(tracker_first=2, tracker_updates=2),
     scores=ScoreSettings(noised=2, head_width=8, head_layers=1),
 )
 CODEBOOK = torch.tensor([[-1.0, 0.2], [0.3, 1.0], [0.9, -0.4], [0.8, 0.9]])
@@ -385,5 +385,5 @@ def test_bad_settings_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ScoreSettings(**change)
-    with pytest.raises(ValueError, match="of 6 updates the first 500 are the trackers' alone"):
+    with pytest.raises(ValueError, match="of 6 updates the first 120 are the trackers' alone"):
         replace(SETTINGS, on_policy=OnPolicySettings())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Classes, Condition
-from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill
+from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill, usual_settings
 from distilled_decoding.distill_tokens import ALL, Tokens, Tracker
 from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.losses import (
@@ -35,7 +35,7 @@ SETTINGS = DistillSettings(
     start_blocks=(0, 2),
     bf16=False,
     ema_rate=0.9,
-    on_policy=OnPolicySettings(tracker_first=2),
+    on_policy=OnPolicySettings(tracker_first=2, tracker_updates=2),
 )
 TOY = DistillSettings(
     method="tokens",
@@ -43,7 +43,7 @@ TOY = DistillSettings(
     start_blocks=(0,),
     bf16=False,
     on_policy=OnPolicySettings(tracker_first=0, tracker_updates=1),
-    tokens=TokenSettings(ratio_clamp=50.0),
+    tokens=TokenSettings(ratio_clamp=50.0, forward_share=0),
 )
 
 
@@ -115,7 +115,10 @@ def downstream_formula(logits_ZLV: Tensor, target_VV: Tensor, rows: int = 1) -> 
     log_psi_OLV, log_p_OLV = (
         Pairs(joint.detach()).forced_logits(token_OL, None, None) for joint in (joint_of(logits_ZLV), target_VV)
     )
-    weight_BL, settings = torch.full((rows, 2), 1 / rows), TokenSettings(ratio_clamp=100, downstream=1.0)
+    weight_BL, settings = (
+        torch.full((rows, 2), 1 / rows),
+        TokenSettings(ratio_clamp=100, forward_share=0, downstream=1.0),
+    )
 
     def loss(log_pi_BLV: Tensor, log_psi_BLV: Tensor, log_p_BLV: Tensor, token_BL: Tensor) -> Tensor:
         return token_loss(log_pi_BLV, log_psi_BLV, log_p_BLV, token_BL, weight_BL, Pairs.order, settings).total
@@ -218,7 +221,7 @@ def test_downstream_are_later_blocks_by_their_weight_and_discount() -> None:
     log_pi_BLV.requires_grad_()
 
     def gradient(downstream: float) -> Tensor:
-        settings = TokenSettings(downstream=downstream)
+        settings = TokenSettings(forward_share=0, downstream=downstream)
         losses = token_loss(log_pi_BLV, log_psi_BLV, log_p_BLV, token_BL, weight_BL, order, settings)
         return torch.autograd.grad(losses.total, log_pi_BLV)[0].gather(-1, token_BL[..., None])[..., 0]
 
@@ -444,8 +447,9 @@ def test_at_first_the_trackers_alone_learn() -> None:
     names = [[name for name, _ in method.steps(update)] for update in (1, 2)]
     assert names == [["tracker-0"] * 2, ["tracker-0"] * 2 + [STUDENT]]
     assert method.lessons(1)[0] == method.lessons(2)[0] == method.tracker_losses
-    waiting = [DistillSettings(method=name).first_update for name in ("trajectories", "tokens", "scores")]
-    assert waiting == [0, 200, 500]
+    usual = [usual_settings(name, DistillSettings()) for name in ("trajectories", "tokens", "scores")]
+    waiting = [settings.first_update for settings in usual]
+    assert waiting == [0, 120, 500]
     assert [replace(SETTINGS, method=name).first_update for name in ("trajectories", "tokens", "scores")] == [0, 2, 2]
 
 

@@ -13,7 +13,7 @@ from distilled_decoding.index import INDEX
 from distilled_decoding.noise import image_keys
 from distilled_decoding.pipeline import Pipeline
 
-STUDENTS_OF_TRAJECTORIES = ("fashion-var", "emoji-t2i")
+STUDENTS_OF_TRAJECTORIES = ("emoji-t2i",)
 """Token matching leaves its student a map of its own from noise to images."""
 
 

@@ -1,8 +1,8 @@
 """Methods at equal time: python -m recipes.fashion_mnist.compare_methods --model MODEL --curves CURVE CURVE --out FILE.
 
-A curve is a method, NAME=SECONDS:DIR,SECONDS:DIR, a point of it a model and the seconds that its student took. All
-are measured alike, in one step and by the shipped features: against samples of MODEL's teacher and against the real test
-images. Prints a table and draws the first distance over time.
+A curve is a method, NAME=SECONDS:DIR,SECONDS:DIR, a point of it a model and the seconds that its student took. All are
+measured alike, in one step and by the shipped features: against samples of MODEL's teacher and the real test images.
+Prints a table and draws the first distance over time.
 """
 
 from dataclasses import dataclass

@@ -26,6 +26,7 @@ class Settings:
     start_blocks: tuple[int, ...] = (0, 20)
     start_weights: tuple[float, ...] = (0.7, 0.3)
     num_updates: int = 2000
+    muon_rate: float = 3.0
     num_token_updates: int = 450
 
 
@@ -36,7 +37,7 @@ def main(settings: Settings) -> None:
         head="flow",
         num_updates=settings.num_updates,
         learning_rate=1e-3,
-        muon_rate=3,
+        muon_rate=settings.muon_rate,
         warmup=100,
         start_blocks=settings.start_blocks,
         start_weights=settings.start_weights,

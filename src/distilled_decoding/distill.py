@@ -172,23 +172,11 @@ class DistillSettings:
             raise ValueError(f"block weights {self.block_weights} leave a start at block {last} nothing to learn")
 
 
+_MATCHING: dict[str, Any] = {"learning_rate": 1e-4, "warmup": 50, "ema_rate": 0.99, "muon_rate": 0.0}
 _USUAL: dict[MethodName, dict[str, Any]] = {
     "trajectories": {"num_updates": 3000, "learning_rate": 1e-3, "warmup": 100, "ema_rate": 0.998},
-    "tokens": {
-        "num_updates": 450,
-        "learning_rate": 1e-4,
-        "warmup": 50,
-        "ema_rate": 0.99,
-        "on_policy": OnPolicySettings(tracker_first=120, tracker_updates=1, tracker_rate=4),
-        "tokens": TokenSettings(ratio_clamp=3, forward_share=1),
-    },
-    "scores": {
-        "num_updates": 1000,
-        "learning_rate": 1e-4,
-        "warmup": 50,
-        "ema_rate": 0.99,
-        "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4, tracker_rate=4),
-    },
+    "tokens": _MATCHING | {"num_updates": 450, "on_policy": OnPolicySettings(), "tokens": TokenSettings()},
+    "scores": _MATCHING | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},
 }
 
 

@@ -91,9 +91,9 @@ class OnPolicySettings:
         ValueError: a setting outside its range.
     """
 
-    tracker_first: int = 200
-    tracker_updates: int = 2
-    tracker_rate: float = 1.0
+    tracker_first: int = 120
+    tracker_updates: int = 1
+    tracker_rate: float = 4.0
     trajectory_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -124,8 +124,8 @@ class TokenSettings:
     """
 
     draw_temperature: float = 1.0
-    ratio_clamp: float = 5.0
-    forward_share: float = 0.0
+    ratio_clamp: float = 3.0
+    forward_share: float = 1.0
     entropy_weight: float = 0.0
     downstream: float = 0.0
 
