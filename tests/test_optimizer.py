@@ -63,3 +63,10 @@ def test_all_that_changes_is_in_the_state(muon_rate: float) -> None:
     assert {name for name, value in optimizer.state().items() if not torch.equal(value, names[name])} == set(names)
     muon = {name.split("/")[0] for name in names if name.endswith("momentum_buffer")}
     assert muon == ({"layers.0.weight", "layers.1.weight"} if muon_rate else set())
+
+
+def test_a_torch_without_muon_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="a muon_rate of 3.0 needs torch 2.9"):
+        Optimizer(network(), weight_decay=0.0, muon_rate=3.0)
+    Optimizer(network(), weight_decay=0.0, muon_rate=0.0)

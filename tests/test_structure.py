@@ -12,6 +12,7 @@ METHOD = ["blocks", "condition", "noise", "codebook", "flow", "teacher", "trajec
 METHOD += [
     "student",
     "losses",
+    "optimizer",
     "distill",
     "distill_trajectories",
     "on_policy",

@@ -15,29 +15,33 @@ class Optimizer:
         network: its parameters that require a gradient are learnt; layers are what lies in a `ModuleList`.
         weight_decay: on matrices only; it spares vectors (norms, biases).
         muon_rate: learning rate of Muon, in units of AdamW's; 0 leaves the layers to AdamW.
+
+    Raises:
+        ValueError: torch is too old for Muon.
     """
 
     def __init__(self, network: nn.Module, weight_decay: float, muon_rate: float) -> None:
         self._learnt = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        in_layers = {p for layer in layers_of(network) for p in layer.parameters() if p.ndim == 2}
-        by_muon = [p for p in self._learnt.values() if muon_rate > 0 and p in in_layers]
-        others = [p for p in self._learnt.values() if muon_rate == 0 or p not in in_layers]
+        matrices = {p for layer in layers_of(network) for p in layer.parameters() if p.ndim == 2}
+        hidden = [p for p in self._learnt.values() if muon_rate > 0 and p in matrices]
+        others = [p for p in self._learnt.values() if muon_rate == 0 or p not in matrices]
         groups = [
             {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self._rates: dict[torch.optim.Optimizer, float] = {torch.optim.AdamW(groups, betas=(0.9, 0.95)): 1.0}
-        if by_muon:
-            muon = torch.optim.Muon(by_muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        for p in others:
+            adamw.state[p] = {"step": torch.tensor(0.0), "exp_avg": _zeros(p), "exp_avg_sq": _zeros(p)}
+        self._rates: dict[torch.optim.Optimizer, float] = {adamw: 1.0}
+        if hidden:
+            if not hasattr(torch.optim, "Muon"):
+                raise ValueError(
+                    f"a muon_rate of {muon_rate} needs torch 2.9, this is {torch.__version__}; leave it out"
+                )
+            muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            for p in hidden:
+                muon.state[p] = {"momentum_buffer": _zeros(p)}
             self._rates[muon] = muon_rate
-        self._states: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for optimizer in self._rates:
-            for p in [p for group in optimizer.param_groups for p in group["params"]]:
-                kept = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
-                optimizer.state[p] = {name: torch.zeros_like(p, requires_grad=False) for name in kept}
-                if isinstance(optimizer, torch.optim.AdamW):
-                    optimizer.state[p]["step"] = torch.tensor(0.0)
-                self._states[p] = optimizer.state[p]
 
     def step(self, learning_rate: float) -> None:
         """Follow the gradients."""
@@ -48,6 +52,9 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that changes, by name; the tensors themselves."""
-        return {
-            f"{name}/{field}": value for name, p in self._learnt.items() for field, value in self._states[p].items()
-        }
+        states = {p: state for optimizer in self._rates for p, state in optimizer.state.items()}
+        return {f"{name}/{field}": value for name, p in self._learnt.items() for field, value in states[p].items()}
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter, requires_grad=False)
