@@ -125,6 +125,8 @@ def test_a_flow_head_learns_from_trajectories_and_then_from_its_own_tokens(run, 
     assert json.loads(run(*then, *words, "--plan")[1])["teraflop"] > 0
     code, text, _ = run(*then, *words, "--out", tmp_path / "b")
     assert code == 0 and json.loads(text)["student_temperature"] == 0
+    another = ["distill", tmp_path / "b", "--method", "scores", "--head", "code", "--start-blocks", 0]
+    assert run(*another, "--plan")[0] == 0
     pictures = [tmp_path / name for name in ("student.png", "refined.png", "teacher.png")]
     ways = (["--steps", 2], ["--refine", made["blocks"]], ["--steps", "teacher"])
     for picture, way in zip(pictures, ways, strict=True):

@@ -447,7 +447,7 @@ def test_at_first_the_trackers_alone_learn() -> None:
     names = [[name for name, _ in method.steps(update)] for update in (1, 2)]
     assert names == [["tracker-0"] * 2, ["tracker-0"] * 2 + [STUDENT]]
     assert method.lessons(1)[0] == method.lessons(2)[0] == method.tracker_losses
-    usual = [usual_settings(name, DistillSettings()) for name in ("trajectories", "tokens", "scores")]
+    usual = [usual_settings(name, DistillSettings(), "code") for name in ("trajectories", "tokens", "scores")]
     waiting = [settings.first_update for settings in usual]
     assert waiting == [0, 120, 500]
     assert [replace(SETTINGS, method=name).first_update for name in ("trajectories", "tokens", "scores")] == [0, 2, 2]

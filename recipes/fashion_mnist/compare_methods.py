@@ -1,8 +1,8 @@
 """Methods at equal time: python -m recipes.fashion_mnist.compare_methods --model MODEL --curves CURVE CURVE --out FILE.
 
-A curve is a method, NAME=SECONDS:DIR,SECONDS:DIR, a point of it a model and the seconds that its student took. All are
-measured alike, in one step and by the shipped features: against samples of MODEL's teacher and the real test images.
-Prints a table and draws the first distance over time.
+A curve is a method, NAME=SECONDS:DIR,SECONDS:DIR, a point of it the seconds that a student took, and a model or one of
+the checkpoints of the training that made one. All are measured alike, in one step and by the shipped features: against
+samples of MODEL's teacher and the real test images. Prints a table and draws the first distance over time.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distilled_decoding import zoo
+from distilled_decoding.checkpoint import load_tensors
 from distilled_decoding.condition import Asked
 from distilled_decoding.metrics.features import Extractor
 from distilled_decoding.metrics.frechet import frechet_distance
@@ -44,6 +45,19 @@ def samples(pipeline: Pipeline, steps: Steps, num: int, seed: int, extractor: Ex
     return measure(extractor, image_NCHW.split(250), asked.number_N, "samples")
 
 
+def student_of(folder: Path) -> Pipeline:
+    """A model, or the model of a training with the averaged student of one of its checkpoints."""
+    state = folder / "state.safetensors"
+    if not state.is_file():
+        return Pipeline.from_pretrained(folder)
+    pipeline = Pipeline.from_pretrained(folder.parent.parent)
+    assert pipeline.student is not None
+    tensors, _ = load_tensors(state)
+    averaged = {name.removeprefix("average/"): value for name, value in tensors.items() if name.startswith("average/")}
+    pipeline.student.load_state_dict(averaged)
+    return pipeline
+
+
 def main(settings: Settings) -> None:
     """Measure, print and draw."""
     torch.set_num_threads(2)
@@ -62,7 +76,7 @@ def main(settings: Settings) -> None:
         distance: list[float] = []
         for point in points.split(","):
             seconds, folder = point.split(":", 1)
-            made = samples(Pipeline.from_pretrained(folder), 1, settings.num, 7, extractor)
+            made = samples(student_of(Path(folder)), 1, settings.num, 7, extractor)
             second.append(float(seconds))
             distance.append(frechet_distance(made.statistics, taught.statistics))
             to_real = frechet_distance(made.statistics, real.statistics)

@@ -36,14 +36,12 @@ def main(settings: Settings) -> None:
     first = DistillSettings(
         head="flow",
         num_updates=settings.num_updates,
-        learning_rate=1e-3,
         muon_rate=settings.muon_rate,
-        warmup=100,
         start_blocks=settings.start_blocks,
         start_weights=settings.start_weights,
         compile=True,
     )
-    then = replace(usual_settings("tokens", first), num_updates=settings.num_token_updates)
+    then = replace(usual_settings("tokens", first, first.head), num_updates=settings.num_token_updates)
     teacher, store = Pipeline.from_pretrained(settings.model), TrajectoryStore.open(settings.trajectories)
     folder = settings.out / "regressed"
     regressed = distill_student(str(settings.model), teacher, store, folder, first, title="1/2 regression")

@@ -481,7 +481,7 @@ def _load(model: str, device: str, dtype: DType = "float32", compile: bool = Fal
 def _training(pipeline: Pipeline, flags: Any) -> DistillSettings:
     trained, given = pipeline.config.training, given_names(flags)
     if flags.method is not None:
-        trained = usual_settings(flags.method, trained)
+        trained = usual_settings(flags.method, trained, flags.head or trained.head)
     if "start_blocks" in given:  # the model's weights belong to the model's starts
         trained = dataclasses.replace(trained, start_weights=())
     training = override(trained, flags)

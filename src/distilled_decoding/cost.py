@@ -166,7 +166,7 @@ def distillation_cost(
         teacher, student = _shapes_of(teacher), _shapes_of(student).train().requires_grad_(True)
         method = None
         if tracker is not None:
-            kind = Scores if settings.method == "scores" else _TokensOfShapes
+            kind = Scores if settings.method == "scores" else Tokens
             table, new_tracker = _StandIns(teacher), partial(_trainable_shapes_of, tracker)
             method = kind(teacher, new_tracker, table, sampling, settings, shard, F.mse_loss)
         trackers = [] if method is None else [network for network, _ in method.networks.values()]
@@ -228,14 +228,6 @@ def flops_per_second(device: torch.device, bf16: bool) -> float:
         return perf_counter() - begin
 
     return 2 * side**3 / median([seconds() for _ in range(8)][3:])
-
-
-class _TokensOfShapes(Tokens):
-    """The flow map looks at numbers, which shapes do not have; beside the networks it costs little."""
-
-    def mapped(self, logits_BLV: Tensor, noise_BLC: Tensor) -> Tensor:
-        """Any tokens."""
-        return logits_BLV.argmax(-1)
 
 
 @dataclass

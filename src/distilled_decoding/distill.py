@@ -172,20 +172,28 @@ class DistillSettings:
             raise ValueError(f"block weights {self.block_weights} leave a start at block {last} nothing to learn")
 
 
-_MATCHING: dict[str, Any] = {"learning_rate": 1e-4, "warmup": 50, "ema_rate": 0.99, "muon_rate": 0.0}
-_USUAL: dict[MethodName, dict[str, Any]] = {
-    "trajectories": {"num_updates": 3000, "learning_rate": 1e-3, "warmup": 100, "ema_rate": 0.998},
-    "tokens": _MATCHING | {"num_updates": 450, "on_policy": OnPolicySettings(), "tokens": TokenSettings()},
-    "scores": _MATCHING | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},
+_ON_POLICY: dict[str, Any] = {"warmup": 50, "ema_rate": 0.99, "muon_rate": 0.0}
+_USUAL: dict[MethodName, tuple[float, dict[str, Any]]] = {
+    "trajectories": (1.0, {"num_updates": 3000, "warmup": 100, "ema_rate": 0.998}),
+    "tokens": (0.1, _ON_POLICY | {"num_updates": 450, "on_policy": OnPolicySettings(), "tokens": TokenSettings()}),
+    "scores": (
+        0.1,
+        _ON_POLICY | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},
+    ),
 }
 
 
-def usual_settings(method: MethodName, trained: DistillSettings) -> DistillSettings:
+def usual_settings(method: MethodName, trained: DistillSettings, head: Head) -> DistillSettings:
     """What a method takes where nothing else is said: all of the model's settings, where it was trained by this method.
 
-    Otherwise length, rates and what the method alone reads are what did best on the shipped models (EXPERIMENTS.md).
+    Otherwise what the method reads alone is its own, and so are length and warm-up, which suit models of the shipped
+    size. Tokens and scores learn at a tenth of the rate of trajectories.
     """
-    return trained if method == trained.method else replace(trained, method=method, **_USUAL[method])
+    if method == trained.method:
+        return trained
+    rate, own = _USUAL[method]
+    learning_rate = trained.learning_rate * rate / _USUAL[trained.method][0]
+    return replace(trained, method=method, head=head, learning_rate=learning_rate, **own)
 
 
 @dataclass(frozen=True)

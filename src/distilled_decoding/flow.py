@@ -223,7 +223,7 @@ def _in_chunks(
 
 def _map_rows(noise_NC: Tensor, log_p_NV: Tensor, codebook: Tensor, settings: FlowSettings) -> Tensor:
     """Return the token of each row, int64 [N], among a codebook [V, C] or the row's own [N, V, C]."""
-    times = torch.linspace(0, 1, settings.num_steps + 1, dtype=torch.float64).tolist()
+    times = [number / settings.num_steps for number in range(settings.num_steps + 1)]
     posterior = _Posterior(log_p_NV, codebook)
     return posterior.nearest(_SOLVE[settings.solver](posterior.mean, noise_NC.float(), times))
 

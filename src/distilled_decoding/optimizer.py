@@ -35,9 +35,7 @@ class Optimizer:
         self._rates: dict[torch.optim.Optimizer, float] = {adamw: 1.0}
         if hidden:
             if not hasattr(torch.optim, "Muon"):
-                raise ValueError(
-                    f"a muon_rate of {muon_rate} needs torch 2.9, this is {torch.__version__}; leave it out"
-                )
+                raise ValueError(f"a muon_rate of {muon_rate} needs torch 2.9, this is {torch.__version__}; give 0")
             muon = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             for p in hidden:
                 muon.state[p] = {"momentum_buffer": _zeros(p)}
