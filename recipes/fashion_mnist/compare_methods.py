@@ -2,7 +2,7 @@
 
 A curve is a method, NAME=SECONDS:DIR,SECONDS:DIR, a point of it the seconds that a student took, and a model or one of
 the checkpoints of the training that made one. All are measured alike, in one step and by the shipped features: against
-samples of MODEL's teacher and the real test images. Prints a table and draws the first distance over time.
+samples of MODEL's teacher and the real test images. Prints a table and draws both distances over time.
 """
 
 from dataclasses import dataclass
@@ -58,6 +58,21 @@ def student_of(folder: Path) -> Pipeline:
     return pipeline
 
 
+def draw(curves: dict[str, list[tuple[float, ...]]], title: str, out: Path) -> None:
+    """Both distances over time; a point is seconds, distance to the teacher's samples, distance to the test images."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for column, (axes, whose) in enumerate(
+        zip(figure.subplots(1, 2), ("teacher's samples", "test images"), strict=True), 1
+    ):
+        for number, (name, points) in enumerate(curves.items()):
+            axes.plot([p[0] for p in points], [p[column] for p in points], marker="os^Dv"[number % 5], label=name)
+        axes.set(xlabel="seconds of training", ylabel=f"Fréchet distance to the {whose}", ylim=(0, None))
+        axes.grid(alpha=0.25)
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(out, dpi=150)
+
+
 def main(settings: Settings) -> None:
     """Measure, print and draw."""
     torch.set_num_threads(2)
@@ -68,27 +83,18 @@ def main(settings: Settings) -> None:
     print(
         "| | seconds | to the teacher's samples | to the test images | precision | recall |\n| - | - | - | - | - | - |"
     )
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for number, curve in enumerate(settings.curves):
+    drawn: dict[str, list[tuple[float, ...]]] = {}
+    for curve in settings.curves:
         name, points = curve.split("=", 1)
-        second: list[float] = []
-        distance: list[float] = []
         for point in points.split(","):
             seconds, folder = point.split(":", 1)
             made = samples(student_of(Path(folder)), 1, settings.num, 7, extractor)
-            second.append(float(seconds))
-            distance.append(frechet_distance(made.statistics, taught.statistics))
-            to_real = frechet_distance(made.statistics, real.statistics)
+            distances = [frechet_distance(made.statistics, other.statistics) for other in (taught, real)]
             precision, recall = precision_recall(real.feature_ND, made.feature_ND)
-            row = f"{distance[-1]:.3f} | {to_real:.3f} | {precision:.3f} | {recall:.3f}"
-            print(f"| {name} | {second[-1]:.0f} | {row} |", flush=True)
-        axes.plot(second, distance, marker="os^Dv"[number % 5], label=name)
-    axes.set(xlabel="seconds of training", ylabel="Fréchet distance to the teacher's samples", title=settings.title)
-    axes.set_yscale("log")
-    axes.grid(alpha=0.25)
-    axes.legend()
-    figure.savefig(settings.out, dpi=150)
+            row = " | ".join(f"{value:.3f}" for value in (*distances, precision, recall))
+            print(f"| {name} | {seconds} | {row} |", flush=True)
+            drawn.setdefault(name, []).append((float(seconds), *distances))
+    draw(drawn, settings.title, settings.out)
 
 
 if __name__ == "__main__":
