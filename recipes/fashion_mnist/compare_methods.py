@@ -65,7 +65,13 @@ def draw(curves: dict[str, list[tuple[float, ...]]], title: str, out: Path) -> N
         zip(figure.subplots(1, 2), ("teacher's samples", "test images"), strict=True), 1
     ):
         for number, (name, points) in enumerate(curves.items()):
-            axes.plot([p[0] for p in points], [p[column] for p in points], marker="os^Dv"[number % 5], label=name)
+            axes.plot(
+                [p[0] for p in points],
+                [p[column] for p in points],
+                marker="os^Dv"[number % 5],
+                label=name,
+                ms=11 - 2 * number,
+            )
         axes.set(xlabel="seconds of training", ylabel=f"Fréchet distance to the {whose}", ylim=(0, None))
         axes.grid(alpha=0.25)
     figure.axes[0].legend(fontsize=8)
