@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from distilled_decoding.condition import stand_ins
-from distilled_decoding.noise import image_keys
-from distilled_decoding.sampling import Plan
+from distilled_decoding.noise import gaussian_noise, image_keys
+from distilled_decoding.sampling import Plan, jump
 from tests import tiny
 
 CONDITION, KEY_B = tiny.labels(2), image_keys("sampling", 0, range(2))
@@ -23,6 +23,19 @@ def test_compiled_images_are_those_of_the_plain_code(family: str) -> None:
         # Again from the same cache, which still holds the last generation.
         torch.testing.assert_close(fast.codes(plan, condition, KEY_B), expected_BLC)
     torch.testing.assert_close(fast.teacher.decode(expected_BLC), plain.teacher.decode(expected_BLC))
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+@torch.no_grad()
+def test_a_step_with_a_flow_head_is_one_graph(family: str) -> None:
+    pipe = tiny.pipeline(family=family)
+    student, codebook_VC = pipe.new_student(0, "flow").eval(), pipe.teacher.codebook
+    noise_BLC = gaussian_noise(KEY_B, pipe.teacher.order.length, codebook_VC.shape[1])
+    step = torch.compile(jump, backend="eager", fullgraph=True)
+    for known_blocks in (0, 2):
+        arguments = (student, noise_BLC, CONDITION, known_blocks, codebook_VC, pipe.teacher.order.num_blocks)
+        expected_BLC = jump(*arguments, flow=tiny.FLOW)
+        assert torch.equal(step(*arguments, flow=tiny.FLOW), expected_BLC)
 
 
 @pytest.mark.gpu
