@@ -70,7 +70,7 @@ def draw(curves: dict[str, list[tuple[float, ...]]], title: str, out: Path) -> N
                 [p[column] for p in points],
                 marker="os^Dv"[number % 5],
                 label=name,
-                ms=11 - 2 * number,
+                ms=11 - 2 * (number % 5),
             )
         axes.set(xlabel="seconds of training", ylabel=f"Fréchet distance to the {whose}", ylim=(0, None))
         axes.grid(alpha=0.25)
@@ -79,8 +79,18 @@ def draw(curves: dict[str, list[tuple[float, ...]]], title: str, out: Path) -> N
     figure.savefig(out, dpi=150)
 
 
+def parse(curve: str) -> tuple[str, list[tuple[str, Path]]]:
+    """Name and points of a curve: seconds, as they were written, and folder."""
+    name, equals, points = curve.partition("=")
+    pairs = [point.partition(":") for point in points.split(",")]
+    if not equals or not all(colon and seconds.isdecimal() for seconds, colon, _ in pairs):
+        raise ValueError(f"a curve is NAME=SECONDS:DIR,SECONDS:DIR with whole seconds, got {curve!r}")
+    return name, [(seconds, Path(folder)) for seconds, _, folder in pairs]
+
+
 def main(settings: Settings) -> None:
     """Measure, print and draw."""
+    curves = [parse(curve) for curve in settings.curves]
     torch.set_num_threads(2)
     extractor, real = zoo.extractor("classifier"), zoo.reference()
     assert real.feature_ND is not None
@@ -90,11 +100,9 @@ def main(settings: Settings) -> None:
         "| | seconds | to the teacher's samples | to the test images | precision | recall |\n| - | - | - | - | - | - |"
     )
     drawn: dict[str, list[tuple[float, ...]]] = {}
-    for curve in settings.curves:
-        name, points = curve.split("=", 1)
-        for point in points.split(","):
-            seconds, folder = point.split(":", 1)
-            made = samples(student_of(Path(folder)), 1, settings.num, 7, extractor)
+    for name, points in curves:
+        for seconds, folder in points:
+            made = samples(student_of(folder), 1, settings.num, 7, extractor)
             distances = [frechet_distance(made.statistics, other.statistics) for other in (taught, real)]
             precision, recall = precision_recall(real.feature_ND, made.feature_ND)
             row = " | ".join(f"{value:.3f}" for value in (*distances, precision, recall))

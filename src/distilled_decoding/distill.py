@@ -172,13 +172,13 @@ class DistillSettings:
             raise ValueError(f"block weights {self.block_weights} leave a start at block {last} nothing to learn")
 
 
-_ON_POLICY: dict[str, Any] = {"warmup": 50, "ema_rate": 0.99, "muon_rate": 0.0}
+_MATCHING: dict[str, Any] = {"warmup": 50, "ema_rate": 0.99, "muon_rate": 0.0}
 _USUAL: dict[MethodName, tuple[float, dict[str, Any]]] = {
     "trajectories": (1.0, {"num_updates": 3000, "warmup": 100, "ema_rate": 0.998}),
-    "tokens": (0.1, _ON_POLICY | {"num_updates": 450, "on_policy": OnPolicySettings(), "tokens": TokenSettings()}),
+    "tokens": (0.1, _MATCHING | {"num_updates": 450, "on_policy": OnPolicySettings(), "tokens": TokenSettings()}),
     "scores": (
         0.1,
-        _ON_POLICY | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},
+        _MATCHING | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},
     ),
 }
 

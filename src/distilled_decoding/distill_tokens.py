@@ -121,7 +121,7 @@ class Tokens(OnPolicy):
         def tokens(output: StudentOutput) -> Tensor:
             logits_BLV = output.logits_BLV.detach()
             if output.code_BLC is None:
-                return self.mapped(logits_BLV, noise_BLC[:, : logits_BLV.shape[1]])
+                return flow_tokens(logits_BLV, noise_BLC[:, : logits_BLV.shape[1]], codebook_VC, self.flow)
             return draw_tokens(logits_BLV, temperature, uniform_BL)
 
         num_known = order.tokens_before(known_blocks)
@@ -133,7 +133,3 @@ class Tokens(OnPolicy):
         output = self.predict(student, x_BLC, condition, known_blocks)
         log_pi_BLV = (output.logits_BLV / temperature).log_softmax(-1)
         return Drawn(output, log_pi_BLV, torch.cat([known_BK, tokens(output)[:, num_known:]], 1), condition)
-
-    def mapped(self, logits_BLV: Tensor, noise_BLC: Tensor) -> Tensor:
-        """The tokens to which a flow head takes the noise."""
-        return flow_tokens(logits_BLV, noise_BLC, self.teacher.codebook, self.flow)
