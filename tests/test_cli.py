@@ -149,21 +149,21 @@ def test_new_starts_leave_the_weights_of_the_models_own(run, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ["llamagen", "var"])
-def test_a_student_learns_from_scores_without_trajectories(run, tmp_path: Path, family: str) -> None:
-    """What comes of it takes its codes from the code head, and starts again where it learnt to."""
+@pytest.mark.parametrize("method", ["scores", "token-scores"])
+def test_a_student_learns_from_scores_without_trajectories(run, tmp_path: Path, method: str, family: str) -> None:
+    """What comes of it takes its codes from the head that learnt, and starts again where it learnt to."""
     tiny.pipeline(family=family).save_pretrained(tmp_path / "model")
-    words = ["distill", tmp_path / "model", "--method", "scores", "--start", "student", "--num-updates", 20]
+    words = ["distill", tmp_path / "model", "--method", method, "--start", "student", "--num-updates", 20]
     words += ["--tracker-first", 10, "--tracker-updates", 1, "--batch-size", 2, "--noised", 1, "--start-blocks", 0, 2]
     plan = json.loads(run(*words, "--plan", "--json")[1])
     assert plan["trajectories"] == 0 < plan["teraflop"]
     code, text, _ = run(*words, "--out", tmp_path / "a", "--json")
     made = json.loads(text)
-    assert code == 0 and (made["training"]["method"], made["split_block"], made["student_temperature"]) == (
-        "scores",
-        0,
-        0,
-    )
-    assert {"total", "difference", "gap", "tracker"} < set(json.loads((tmp_path / "a" / "log.jsonl").read_text()))
+    split = 0 if method == "scores" else tiny.pipeline(family=family).teacher.order.num_blocks
+    found = tuple(made[name] for name in ("split_block", "student_temperature"))
+    assert code == 0 and made["training"]["method"] == method and found == (split, 0)
+    told = {"scores": "gap", "token-scores": "entropy"}[method]
+    assert {"total", "difference", told, "tracker"} < set(json.loads((tmp_path / "a" / "log.jsonl").read_text()))
     assert run("sample", tmp_path / "a", "--steps", 2, "--num", 2, "--grid", tmp_path / "grid.png")[0] == 0
 
 

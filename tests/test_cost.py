@@ -14,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distilled_decoding import commands, describe, training_command
 from distilled_decoding.cost import Cost, distillation_cost, flops_per_second, trajectory_cost
-from distilled_decoding.distill import DistillSettings, distill
-from distilled_decoding.distill_scores import Scores
-from distilled_decoding.distill_tokens import Tokens
+from distilled_decoding.distill import DistillSettings, MethodName, distill
 from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.flow import FlowSettings
 from distilled_decoding.losses import LossWeights, OnPolicySettings
@@ -24,6 +22,7 @@ from distilled_decoding.on_policy import OnPolicy
 from distilled_decoding.parallel import RunSettings
 from distilled_decoding.store import TrajectoryStore
 from distilled_decoding.teacher import TeacherSampling
+from distilled_decoding.training_command import ON_POLICY
 from distilled_decoding.training_state import Checkpoints
 from distilled_decoding.trajectories import TrajectorySettings, generate
 from examples import pixel_teacher
@@ -129,16 +128,16 @@ def test_cost_of_a_distillation_is_what_it_takes(tmp_path: Path, family: str, ru
 @pytest.mark.slow
 @FAMILIES
 @pytest.mark.parametrize("run", [RunSettings(), RunSettings(micro_batch=4, recompute=True)], ids=["whole", "parts"])
-@pytest.mark.parametrize("kind", [Tokens, Scores])
+@pytest.mark.parametrize("name", ["tokens", "token-scores", "scores"])
 def test_cost_of_learning_from_ones_own_is_what_it_takes(
-    tmp_path: Path, kind: type[OnPolicy], family: str, run: RunSettings
+    tmp_path: Path, name: MethodName, family: str, run: RunSettings
 ) -> None:
-    pipe = tiny.pipeline(family=family)
+    pipe, kind = tiny.pipeline(family=family), ON_POLICY[name]
     students, settings = (
         [pipe.new_student(0) for _ in range(3)],
         replace(
             SETTINGS,
-            method=kind.__name__.lower(),
+            method=name,
             num_updates=3,
             batch_size=8,
             on_policy=OnPolicySettings(tracker_first=1),
@@ -159,7 +158,7 @@ def test_cost_of_learning_from_ones_own_is_what_it_takes(
     shutil.rmtree(checkpoints.folder)
     student, tracker = students[0], pipe.new_tracker()
     beside = begin().networks["tracker-0"][0]
-    cost = distillation_cost(pipe.teacher, student, settings, 1e10, CPU, run, tracker, tiny.SAMPLING)
+    cost = distillation_cost(pipe.teacher, student, settings, 1e10, CPU, run, kind, tracker, tiny.SAMPLING)
     assert cost.flops == counted_flops(work) - counted_flops(begin)  # a look at which parameters are read
     learnt = sum(p.nbytes for p in beside.parameters() if p.requires_grad)
     assert cost.fixed_bytes == weights(pipe.teacher, beside) + 5 * weights(student) + 3 * learnt

@@ -9,7 +9,7 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill, learning_rate_at
-from distilled_decoding.distill_scores import Scores, ScoreTracker
+from distilled_decoding.distill_scores import Scores, ScoreTracker, expected_codes, noised_codes
 from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.flow import posterior_mean, posterior_means
 from distilled_decoding.losses import (
@@ -271,7 +271,7 @@ def test_a_tracker_trains_what_its_features_are_made_of(family: str) -> None:
     method = method_of(pipe)
     assert list(method.networks) == ["tracker-0", "tracker-2"]
     tracker, made = method.networks["tracker-2"][0], method.made(method.batch(0), 2, pipe.student)
-    noised = method.noised(made.code_BLC.detach(), made.key_B)
+    noised = noised_codes(made.code_BLC.detach(), made.key_B, 2)
     mean_BLRC = tracker(made.token_BL, made.condition, noised.x_BLRC, noised.time_BLR1)
     time_BLR1, power = noised.time_BLR1, pipe.teacher.codebook.square().mean()
     guess = (1 - time_BLR1) * power / ((1 - time_BLR1) ** 2 * power + time_BLR1**2)
@@ -301,7 +301,7 @@ def test_at_first_the_trackers_alone_learn_from_the_teachers_own_draws() -> None
     assert names == [["tracker-0"] * 2, ["tracker-0"] * 2 + [STUDENT]]
 
     def tracker(token_BL: Tensor, condition: Condition, *noised: Tensor) -> Tensor:
-        return method.expected(Noised(*noised), method.judged(token_BL, condition))
+        return expected_codes(Noised(*noised), method.judged(token_BL, condition), pipe.teacher.codebook)
 
     networks = {STUDENT: pipe.student, "tracker-0": tracker}
     name, losses_of = next(method.steps(1))

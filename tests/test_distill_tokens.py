@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Classes, Condition
-from distilled_decoding.distill import STUDENT, DistillSettings, Update, distill, usual_settings
+from distilled_decoding.distill import STUDENT, DistillSettings, MethodName, Update, distill, usual_settings
 from distilled_decoding.distill_tokens import ALL, Tokens, Tracker
 from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.losses import (
@@ -447,10 +448,10 @@ def test_at_first_the_trackers_alone_learn() -> None:
     names = [[name for name, _ in method.steps(update)] for update in (1, 2)]
     assert names == [["tracker-0"] * 2, ["tracker-0"] * 2 + [STUDENT]]
     assert method.lessons(1)[0] == method.lessons(2)[0] == method.tracker_losses
-    usual = [usual_settings(name, DistillSettings(), "code") for name in ("trajectories", "tokens", "scores")]
-    waiting = [settings.first_update for settings in usual]
-    assert waiting == [0, 120, 500]
-    assert [replace(SETTINGS, method=name).first_update for name in ("trajectories", "tokens", "scores")] == [0, 2, 2]
+    names = get_args(MethodName)
+    assert names == ("trajectories", "tokens", "token-scores", "scores")
+    assert [usual_settings(name, DistillSettings(), "code").first_update for name in names] == [0, 120, 80, 500]
+    assert [replace(SETTINGS, method=name).first_update for name in names] == [0, 2, 2, 2]
 
 
 def test_what_needs_trajectories_says_so() -> None:

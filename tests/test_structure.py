@@ -18,6 +18,7 @@ METHOD += [
     "on_policy",
     "distill_tokens",
     "distill_scores",
+    "distill_token_scores",
     "sampling",
     "cost",
     "processes",

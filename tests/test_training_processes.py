@@ -112,6 +112,7 @@ def test_processes_learn_from_scores_what_one_learns(tmp_path: Path) -> None:
     folder = runs("compare_worlds_of_scores", tmp_path)
     assert {code for codes in json.loads((folder / "codes.json").read_text()).values() for code in codes} == {0}
     assert_same_training(folder, "two-parts", within=1e-4)
+    assert_same_training(folder, "tokens-two", alone="tokens", within=1e-4)
     assert_same_training(folder, "var-two", alone="var", within=1e-4)
     assert_same_training(folder, "sharded-begun", "unsharded", within=1e-4)
 

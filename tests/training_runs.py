@@ -216,9 +216,12 @@ def compare_worlds_of_scores(out: Path) -> None:
     mixed = replace(own, on_policy=replace(own.on_policy, trajectory_weight=0.5))
     tiny.store(out / "llamagen-trajectories", tiny.pipeline())
     tiny.store(out / "var-trajectories", tiny.pipeline(family="var"))
+    tokens = replace(own, method="token-scores")
     ways: dict[str, tuple[int, dict[str, Any]]] = {
         "one": (1, {"settings": own}),
         "two-parts": (2, {"settings": own, "micro_batch": 2, "recompute": True}),
+        "tokens": (1, {"settings": tokens}),
+        "tokens-two": (2, {"settings": tokens}),
         "var": (1, {"settings": mixed, "family": "var"}),
         "var-two": (2, {"settings": mixed, "family": "var"}),
         "sharded-begun": (2, {"settings": own, "sharded": True, "stop_after": 3, "keep": "unsharded"}),

@@ -166,7 +166,7 @@ def distill(
     Args:
         model: shipped name, folder or hub id: the teacher.
         settings: of the training.
-        trajectories: folder that `trajectories` made with this model; not needed with --method tokens or scores.
+        trajectories: folder that `trajectories` made with this model; only --method trajectories needs it.
         out: folder of the new pipeline; checkpoints and the log lie beneath.
         prompts: of a model that reads text, the folder of the encoded prompts; by default prompts/ in that of the
             trajectories, or without them the model's own prompts.

@@ -31,12 +31,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distilled_decoding.condition import Condition, stand_ins
 from distilled_decoding.distill import STUDENT, DistillSettings, attention_on
-from distilled_decoding.distill_scores import Scores
-from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.distill_trajectories import batch_loss
 from distilled_decoding.flow import flow_map
 from distilled_decoding.losses import Losses
-from distilled_decoding.on_policy import tracker_name
+from distilled_decoding.on_policy import OnPolicy, tracker_name
 from distilled_decoding.parallel import RunSettings, recompute_layers
 from distilled_decoding.store import Shard
 from distilled_decoding.teacher import TeacherSampling, log_probabilities
@@ -136,6 +134,7 @@ def distillation_cost(
     flops_per_second: float,
     device: torch.device,
     run: RunSettings = RunSettings(),  # noqa: B008 - frozen
+    kind: type[OnPolicy] | None = None,
     tracker: nn.Module | None = None,
     sampling: TeacherSampling = TeacherSampling(),  # noqa: B008 - frozen
 ) -> Cost:
@@ -152,9 +151,9 @@ def distillation_cost(
         device: where it will run, in one process; attention keeps its scores for the backward pass on a CPU, not on a
             GPU.
         run: as `distill` takes it; `sharded` is not looked at.
-        tracker: what the methods `tokens` and `scores` begin their trackers with, see `OnPolicy.new_tracker`; None for
-            `trajectories`.
-        sampling: the teacher's distribution, for those methods.
+        kind: the method, None for `trajectories`.
+        tracker: what it begins its trackers with, see `OnPolicy.new_tracker`.
+        sampling: the teacher's distribution, for it.
     """
     order, settings = teacher.order, replace(settings, start_blocks=settings.start_blocks or (0,))
     attention = nullcontext() if device.type == "cpu" else _FlashAttention()
@@ -165,8 +164,7 @@ def distillation_cost(
         begun_bytes = meter.held
         teacher, student = _shapes_of(teacher), _shapes_of(student).train().requires_grad_(True)
         method = None
-        if tracker is not None:
-            kind = Scores if settings.method == "scores" else Tokens
+        if kind is not None:
             table, new_tracker = _StandIns(teacher), partial(_trainable_shapes_of, tracker)
             method = kind(teacher, new_tracker, table, sampling, settings, shard, F.mse_loss)
         trackers = [] if method is None else [network for network, _ in method.networks.values()]

@@ -2,7 +2,7 @@
 
 Every random choice of an update follows from the seed and its number alone, so a stopped run that goes on equals
 one that was never stopped, and any number of processes learn the same in the same order. What is learnt is a method's
-to say: `distill_trajectories`, `distill_tokens`, `distill_scores`.
+to say: `distill_trajectories`, `distill_tokens`, `distill_token_scores`, `distill_scores`.
 
 Axis letters: B batch, L tokens in a sequence, S blocks.
 """
@@ -37,7 +37,7 @@ from distilled_decoding.student import Head
 from distilled_decoding.teacher import Teacher, draw
 from distilled_decoding.training_state import Checkpoints
 
-MethodName = Literal["trajectories", "tokens", "scores"]
+MethodName = Literal["trajectories", "tokens", "token-scores", "scores"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ class DistillSettings:
         block_weights: weight of each block in the loss; () weighs all tokens alike.
         head: of a new student: a `code` head learns to come from a position's noise to its code, as published; a `flow`
             head learns how its tokens are distributed, and leaves that way to the flow map.
-        method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of the `tokens` that it
-            draws itself, or of its own vectors, by `scores`.
+        method: what it learns from: the teacher's `trajectories`, or the teacher's judgement of what it makes itself:
+            of the `tokens` that it draws, by their likelihood; of its likeliest tokens, by scores (`token-scores`); of
+            its vectors, by `scores`.
         loss: weights of the parts of the loss on trajectories.
-        on_policy: of the methods `tokens` and `scores`.
+        on_policy: of all methods but `trajectories`.
         tokens: of the method `tokens` alone.
-        scores: of the method `scores` alone.
+        scores: of the method `scores`, and of them `noised` of `token-scores`, too.
         bf16: run student, trackers and teacher under bfloat16 autocast.
         compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
         seed: of the training order, the starting blocks and, without trajectories, the noise.
@@ -129,8 +130,11 @@ class DistillSettings:
 
     def _check_flow_head(self) -> None:
         """Refuse what needs a code head, or another draw than the flow map's."""
-        if self.method == "scores":
-            raise ValueError("the method scores trains a code head, but head is flow; give --head code, or no scores")
+        if self.method in ("token-scores", "scores"):
+            raise ValueError(
+                f"the method {self.method} trains a student with a code head, but head is flow; "
+                "give --head code, or another method"
+            )
         if self.loss.perceptual_weight > 0:
             weight = self.loss.perceptual_weight
             raise ValueError(f"a perceptual weight of {weight} needs a code head, but head is flow; leave it out")
@@ -149,7 +153,12 @@ class DistillSettings:
         """Names of the settings of losses that have no part in this training."""
         kinds = (LossWeights, OnPolicySettings, TokenSettings, ScoreSettings)
         loss, on_policy, tokens, scores = ({each.name for each in fields(kind)} for kind in kinds)
-        read = {"trajectories": loss, "tokens": on_policy | tokens, "scores": on_policy | scores}[self.method]
+        read = {
+            "trajectories": loss,
+            "tokens": on_policy | tokens,
+            "token-scores": on_policy | {"noised"},
+            "scores": on_policy | scores,
+        }[self.method]
         if self.on_policy.trajectory_weight > 0:
             read |= loss
         if self.head == "flow":
@@ -176,6 +185,7 @@ _MATCHING: dict[str, Any] = {"warmup": 50, "ema_rate": 0.99, "muon_rate": 0.0}
 _USUAL: dict[MethodName, tuple[float, dict[str, Any]]] = {
     "trajectories": (1.0, {"num_updates": 3000, "warmup": 100, "ema_rate": 0.998}),
     "tokens": (0.1, _MATCHING | {"num_updates": 450, "on_policy": OnPolicySettings(), "tokens": TokenSettings()}),
+    "token-scores": (0.1, _MATCHING | {"num_updates": 320, "on_policy": OnPolicySettings(tracker_first=80)}),
     "scores": (
         0.1,
         _MATCHING | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},
@@ -187,7 +197,7 @@ def usual_settings(method: MethodName, trained: DistillSettings, head: Head) -> 
     """What a method takes where nothing else is said: all of the model's settings, where it was trained by this method.
 
     Otherwise what the method reads alone is its own, and so are length and warm-up, which suit models of the shipped
-    size. Tokens and scores learn at a tenth of the rate of trajectories.
+    size. All others learn at a tenth of the rate of trajectories.
     """
     if method == trained.method:
         return trained

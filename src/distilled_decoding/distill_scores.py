@@ -188,8 +188,8 @@ class Scores(OnPolicy):
             made = self.made(begun, known_blocks, forwards[STUDENT])
             log_p_BLV = self.judged(made.token_BL, made.condition)
             token_BL = draw(log_p_BLV, uniform(made.key_B, self.teacher.order.length, _TEACHER_STREAM))
-            noised = self.noised(lookup(token_BL, self.teacher.codebook), made.key_B)
-            target_BLRC = self.expected(noised, log_p_BLV)
+            noised = self._noised(lookup(token_BL, self.teacher.codebook), made.key_B)
+            target_BLRC = expected_codes(noised, log_p_BLV, self.teacher.codebook)
         mean_BLRC = self._followed(made, noised, known_blocks, forwards)
         return Losses(score_tracker_loss(mean_BLRC, target_BLRC, self._unit(noised), self.weights(known_blocks, part)))
 
@@ -199,7 +199,7 @@ class Scores(OnPolicy):
         """What the tracker of a start learns from: the student's vectors (Eq. 18); see `teacher_losses`."""
         with torch.no_grad():
             made = self.made(begun, known_blocks, forwards[STUDENT])
-        noised = self.noised(made.code_BLC, made.key_B)
+        noised = self._noised(made.code_BLC, made.key_B)
         mean_BLRC, target_BLRC = self._followed(made, noised, known_blocks, forwards), made.code_BLC.unsqueeze(2)
         return Losses(score_tracker_loss(mean_BLRC, target_BLRC, self._unit(noised), self.weights(known_blocks, part)))
 
@@ -209,8 +209,9 @@ class Scores(OnPolicy):
         """What the student learns from: the difference of two scores (Eq. 19); see `teacher_losses`."""
         made = self.made(begun, known_blocks, forwards[STUDENT])
         with torch.no_grad():
-            noised = self.noised(made.code_BLC, made.key_B)
-            teacher_BLRC = self.expected(noised, self.judged(made.token_BL, made.condition))
+            noised = self._noised(made.code_BLC, made.key_B)
+            log_p_BLV = self.judged(made.token_BL, made.condition)
+            teacher_BLRC = expected_codes(noised, log_p_BLV, self.teacher.codebook)
             student_BLRC = self._followed(made, noised, known_blocks, forwards)
         nearest_BLC = lookup(made.token_BL, self.teacher.codebook)
         unit_BLR1, weight_BL = self._unit(noised), self.weights(known_blocks, part)
@@ -239,19 +240,8 @@ class Scores(OnPolicy):
         code_BLC = torch.cat([known_BKC, _codes(output)[:, num_known:]], 1)
         return Made(output, code_BLC, nearest(code_BLC.detach(), codebook_VC), condition, key_B)
 
-    def noised(self, code_BLC: Tensor, key_B: Tensor) -> Noised:
-        """Vectors on their way to noise of the images' keys, each at several times (Eq. 15)."""
-        (_, length, channels), num = code_BLC.shape, self.settings.scores.noised
-        noise_BLRC = gaussian_noise(key_B, length * num, channels, _NOISE_STREAM).unflatten(1, (length, num))
-        first, last = _TIMES
-        time_BLR = first + (last - first) * uniform(key_B, length * num, _TIME_STREAM).unflatten(1, (length, num))
-        return Noised.of(code_BLC, noise_BLRC, time_BLR.float().unsqueeze(-1))
-
-    def expected(self, noised: Noised, log_p_BLV: Tensor) -> Tensor:
-        """What the teacher expects at noised vectors, exactly (Eq. 16), [B, L, R, C]."""
-        time_NR = 1 - noised.time_BLR1.flatten(0, 1).squeeze(-1)
-        mean_NRC = posterior_means(noised.x_BLRC.flatten(0, 1), time_NR, log_p_BLV.flatten(0, 1), self.teacher.codebook)
-        return mean_NRC.view(noised.x_BLRC.shape)
+    def _noised(self, code_BLC: Tensor, key_B: Tensor) -> Noised:
+        return noised_codes(code_BLC, key_B, self.settings.scores.noised)
 
     def _followed(self, made: Made, noised: Noised, known_blocks: int, forwards: Mapping[str, Forward]) -> Tensor:
         """What the tracker of a start expects at noised vectors."""
@@ -260,6 +250,22 @@ class Scores(OnPolicy):
 
     def _unit(self, noised: Noised) -> Tensor:
         return unit_error(noised.time_BLR1, code_spread(self.teacher.codebook))
+
+
+def noised_codes(code_BLC: Tensor, key_B: Tensor, num: int) -> Noised:
+    """Codes on their way to noise of the images' keys, each at `num` times (Eq. 15)."""
+    _, length, channels = code_BLC.shape
+    noise_BLRC = gaussian_noise(key_B, length * num, channels, _NOISE_STREAM).unflatten(1, (length, num))
+    first, last = _TIMES
+    time_BLR = first + (last - first) * uniform(key_B, length * num, _TIME_STREAM).unflatten(1, (length, num))
+    return Noised.of(code_BLC, noise_BLRC, time_BLR.float().unsqueeze(-1))
+
+
+def expected_codes(noised: Noised, log_p_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """The code to expect at each noised one, given how its token is distributed, exactly (Eq. 16), [B, L, R, C]."""
+    time_NR = 1 - noised.time_BLR1.flatten(0, 1).squeeze(-1)
+    mean_NRC = posterior_means(noised.x_BLRC.flatten(0, 1), time_NR, log_p_BLV.flatten(0, 1), codebook_VC)
+    return mean_NRC.view(noised.x_BLRC.shape)
 
 
 def code_spread(codebook_VC: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from distilled_decoding.condition import Condition
 from distilled_decoding.distill import STUDENT, Forward
 from distilled_decoding.losses import Losses, TokenLosses, token_loss, tracker_loss
 from distilled_decoding.noise import uniform
-from distilled_decoding.on_policy import ALL, Lesson, OnPolicy, tracker_name
+from distilled_decoding.on_policy import ALL, Lesson, Mixed, OnPolicy, tracker_name
 from distilled_decoding.store import Shard
 from distilled_decoding.student import STUDENT_STREAM, StudentOutput, draw_tokens, flow_tokens
 from distilled_decoding.teacher import Guidance
@@ -46,15 +46,17 @@ class Drawn:
 
     Attributes:
         output: its predictions.
-        log_pi_BLV: the distributions that its tokens are drawn from, float32.
+        log_pi_BLV: the distributions that its tokens come from, float32.
         token_BL: known tokens, and behind them those that were drawn.
         condition: what was asked for.
+        key_B: keys of the images.
     """
 
     output: StudentOutput
     log_pi_BLV: Tensor
     token_BL: Tensor
     condition: Condition
+    key_B: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,11 @@ class Tokens(OnPolicy):
     def split_block(self) -> int:
         """Behind the last block: all come from the logits."""
         return self.teacher.order.num_blocks
+
+    @property
+    def draw_temperature(self) -> float:
+        """What the logits are divided by where a code head's tokens are drawn; 0 takes the likeliest."""
+        return self.settings.tokens.draw_temperature
 
     def tracker(self) -> nn.Module:
         """See `OnPolicy`."""
@@ -87,7 +94,7 @@ class Tokens(OnPolicy):
         """
         with torch.no_grad():
             drawn = self.drawn(begun, known_blocks, forwards[STUDENT])
-        log_psi_BLV = self.track(forwards[tracker_name(known_blocks)], drawn.token_BL, drawn.condition)
+        log_psi_BLV = self.followed(drawn, known_blocks, forwards)
         return Losses(tracker_loss(log_psi_BLV, drawn.token_BL, self.weights(known_blocks, part)))
 
     def student_losses(
@@ -97,9 +104,17 @@ class Tokens(OnPolicy):
         drawn = self.drawn(begun, known_blocks, forwards[STUDENT])
         log_p_BLV = self.judged(drawn.token_BL, drawn.condition)
         with torch.no_grad():
-            log_psi_BLV = self.track(forwards[tracker_name(known_blocks)], drawn.token_BL, drawn.condition)
+            log_psi_BLV = self.followed(drawn, known_blocks, forwards)
         weight_BL, order, settings = self.weights(known_blocks, part), self.teacher.order, self.settings.tokens
         losses = token_loss(drawn.log_pi_BLV, log_psi_BLV, log_p_BLV, drawn.token_BL, weight_BL, order, settings)
+        return self.finished(losses, drawn, begun, known_blocks, part)
+
+    def followed(self, drawn: Drawn, known_blocks: int, forwards: Mapping[str, Forward]) -> Tensor:
+        """The log probabilities that the tracker of a start gives all tokens, float32 [B, L, V]."""
+        return self.track(forwards[tracker_name(known_blocks)], drawn.token_BL, drawn.condition)
+
+    def finished(self, losses: Mixed, drawn: Drawn, begun: Shard, known_blocks: int, part: slice) -> Mixed:
+        """A student's losses with all that belongs to them beside its tokens, see `mixed`."""
         if drawn.output.code_BLC is not None:
             # The code head has no say, but processes wait for a gradient of every parameter.
             losses = replace(losses, total=losses.total + 0 * drawn.output.code_BLC.sum())
@@ -114,7 +129,7 @@ class Tokens(OnPolicy):
             student: the model; gradients flow through its last pass.
         """
         order, codebook_VC = self.teacher.order, self.teacher.codebook
-        temperature = self.settings.tokens.draw_temperature
+        temperature = self.draw_temperature
         condition, key_B, noise_BLC = self.asked(begun)
         uniform_BL = uniform(key_B, order.length, STUDENT_STREAM)
 
@@ -122,7 +137,7 @@ class Tokens(OnPolicy):
             logits_BLV = output.logits_BLV.detach()
             if output.code_BLC is None:
                 return flow_tokens(logits_BLV, noise_BLC[:, : logits_BLV.shape[1]], codebook_VC, self.flow)
-            return draw_tokens(logits_BLV, temperature, uniform_BL)
+            return draw_tokens(logits_BLV, temperature, uniform_BL) if temperature > 0 else logits_BLV.argmax(-1)
 
         num_known = order.tokens_before(known_blocks)
         known_BK = begun.token_NL[:, :num_known].to(codebook_VC.device)
@@ -131,5 +146,5 @@ class Tokens(OnPolicy):
                 known_BK = tokens(self.predict(student, noise_BLC[:, :num_known], condition, 0))
         x_BLC = torch.cat([lookup(known_BK, codebook_VC), noise_BLC[:, num_known:]], 1)
         output = self.predict(student, x_BLC, condition, known_blocks)
-        log_pi_BLV = (output.logits_BLV / temperature).log_softmax(-1)
-        return Drawn(output, log_pi_BLV, torch.cat([known_BK, tokens(output)[:, num_known:]], 1), condition)
+        log_pi_BLV = (output.logits_BLV / (temperature or 1)).log_softmax(-1)
+        return Drawn(output, log_pi_BLV, torch.cat([known_BK, tokens(output)[:, num_known:]], 1), condition, key_B)

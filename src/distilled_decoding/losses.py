@@ -142,11 +142,11 @@ class TokenSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How a student learns from the teacher's scores of its own vectors (Eq. 15 to 19).
+    """How a student learns from the teacher's scores of what it makes (Eq. 15 to 19, 22).
 
     Attributes:
-        noised: vectors that each of a sequence is noised to, in one pass of the tracker's network.
-        head_width: of the tracker's head; 0 is the width of the features that the teacher offers.
+        noised: points that each vector, or each token's code, is noised to, for one pass of the tracker's network.
+        head_width: of the head of a tracker of vectors; 0 is the width of the features that the teacher offers.
         head_layers: in it.
 
     Raises:
@@ -204,6 +204,24 @@ class ScoreLosses(MixedLosses):
 
     def __str__(self) -> str:
         return f"difference {float(self.difference):.3f}, gap {float(self.gap):.3f}"
+
+
+@dataclass(frozen=True)
+class TokenScoreLosses(MixedLosses):
+    """The parts of the loss on the scores of a student's own tokens, means over unknown tokens.
+
+    Attributes:
+        difference: of the two expected codes, as the student follows it, root mean square over channels (Eq. 19).
+        entropy: of the distributions whose likeliest tokens it takes.
+        tracker: the tracker's cross-entropy on them, before it learns from them (Eq. 12).
+    """
+
+    difference: Tensor
+    entropy: Tensor
+    tracker: Tensor
+
+    def __str__(self) -> str:
+        return f"difference {float(self.difference):.3f}, tracker {float(self.tracker):.3f}"
 
 
 @dataclass(frozen=True)
@@ -385,6 +403,19 @@ def score_tracker_loss(mean_BLRC: Tensor, target_BLRC: Tensor, unit_BLR1: Tensor
     return (((mean_BLRC - target_BLRC) / unit_BLR1).square().mean((-2, -1)) * weight_BL).sum()
 
 
+def score_step(code_BLC: Tensor, student_BLRC: Tensor, teacher_BLRC: Tensor, unit_BLR1: Tensor) -> Tensor:
+    """How codes should not move, for their scores to agree: the weighed difference of both (Eq. 19), [B, L, C].
+
+    Args:
+        code_BLC: the codes.
+        student_BLRC: what the tracker expects at their noised points.
+        teacher_BLRC: what the teacher expects there.
+        unit_BLR1: see `score_tracker_loss`.
+    """
+    size_BLR1 = (code_BLC.unsqueeze(2) - teacher_BLRC).abs().mean(-1, keepdim=True).maximum(_LEAST_SIZE * unit_BLR1)
+    return ((student_BLRC - teacher_BLRC) / size_BLR1).mean(2)
+
+
 def score_loss(
     code_BLC: Tensor,
     student_BLRC: Tensor,
@@ -404,11 +435,37 @@ def score_loss(
         weight_BL: weights.
     """
     held_BL1C = code_BLC.detach().unsqueeze(2)
-    size_BLR1 = (held_BL1C - teacher_BLRC).abs().mean(-1, keepdim=True).maximum(_LEAST_SIZE * unit_BLR1)
-    step_BLC = ((student_BLRC - teacher_BLRC) / size_BLR1).mean(2)
+    step_BLC = score_step(held_BL1C.squeeze(2), student_BLRC, teacher_BLRC, unit_BLR1)
     # Its gradient to the vectors is the step itself, over C.
     total = 0.5 * ((code_BLC - (held_BL1C.squeeze(2) - step_BLC)).square().mean(-1) * weight_BL).sum()
     difference = (step_BLC.square().mean(-1).sqrt() * weight_BL).sum()
     gap = ((held_BL1C.squeeze(2) - nearest_BLC).square().sum(-1) * weight_BL).sum()
     tracker = score_tracker_loss(student_BLRC, held_BL1C, unit_BLR1, weight_BL)
     return ScoreLosses(total, total.new_zeros(()), difference, gap, tracker)
+
+
+def token_score_loss(
+    log_pi_BLV: Tensor,
+    log_psi_BLV: Tensor,
+    step_BLC: Tensor,
+    token_BL: Tensor,
+    codebook_VC: Tensor,
+    weight_BL: Tensor,
+) -> TokenScoreLosses:
+    """The loss whose gradient moves a student's tokens towards the teacher's scores (Eq. 22).
+
+    Args:
+        log_pi_BLV: the student's log probabilities; gradients flow to them alone.
+        log_psi_BLV: the tracker's on the student's tokens.
+        step_BLC: at their codes, see `score_step`.
+        token_BL: the student's tokens.
+        codebook_VC: the codes.
+        weight_BL: of each token in the mean, 0 for known ones; over the whole update they add up to 1.
+    """
+    pi_BLV = log_pi_BLV.exp()
+    # The gradient of the expected code stands for that of the likeliest token's, which has none.
+    total = (((pi_BLV @ codebook_VC) * step_BLC).mean(-1) * weight_BL).sum()
+    difference = (step_BLC.square().mean(-1).sqrt() * weight_BL).sum()
+    entropy = -((pi_BLV * log_pi_BLV).sum(-1) * weight_BL).sum()
+    tracker = tracker_loss(log_psi_BLV, token_BL, weight_BL).detach()
+    return TokenScoreLosses(total, total.new_zeros(()), difference, entropy.detach(), tracker)

@@ -15,6 +15,7 @@ from distilled_decoding.condition import ConditionTable
 from distilled_decoding.cost import distillation_cost, flops_per_second
 from distilled_decoding.distill import DistillSettings, Method, Update, distill
 from distilled_decoding.distill_scores import Scores
+from distilled_decoding.distill_token_scores import TokenScores
 from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.distill_trajectories import Trajectories
 from distilled_decoding.losses import ImageDistance
@@ -29,7 +30,7 @@ from distilled_decoding.training_log import TrainingLog
 from distilled_decoding.training_state import Checkpoints
 from distilled_decoding.watch import Watch
 
-ON_POLICY: dict[str, type[OnPolicy]] = {"tokens": Tokens, "scores": Scores}
+ON_POLICY: dict[str, type[OnPolicy]] = {"tokens": Tokens, "token-scores": TokenScores, "scores": Scores}
 """The methods that need no trajectories."""
 
 Start = Literal["teacher", "student"]
@@ -152,8 +153,9 @@ def _resolved(
     """The settings and the split of a training, where not given those of the model, checked against its blocks."""
     settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
     num_blocks = pipeline.teacher.order.num_blocks
-    on_policy = {"tokens": (num_blocks, "logits"), "scores": (0, "code head")}.get(settings.method)
-    trained = (num_blocks, "logits") if settings.head == "flow" else on_policy
+    logits = (num_blocks, "logits")
+    on_policy = {"tokens": logits, "token-scores": logits, "scores": (0, "code head")}.get(settings.method)
+    trained = logits if settings.head == "flow" else on_policy
     default = trained[0] if trained else pipeline.config.split_block
     split_block = default if split_block is None else split_block
     if trained and split_block != default:
@@ -288,7 +290,8 @@ def plan_distillation(
     speed = flops_per_second(torch.device(device), settings.bf16)
     tracker = pipeline.new_tracker() if on_policy else None
     sampling = pipeline.config.sampling
-    cost = distillation_cost(pipeline.teacher, student, settings, speed, torch.device(device), run, tracker, sampling)
+    where = (speed, torch.device(device), run)
+    cost = distillation_cost(pipeline.teacher, student, settings, *where, on_policy, tracker, sampling)
     what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}
     return {**what, "device": device, **cost.readable()}
 
