@@ -9,6 +9,7 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, distill
+from distilled_decoding.distill_scores import noised_codes, weights_of_what_lacks
 from distilled_decoding.distill_token_scores import TokenScores
 from distilled_decoding.losses import OnPolicySettings, ScoreSettings, TokenScoreLosses, token_score_loss
 from distilled_decoding.on_policy import ALL
@@ -35,7 +36,10 @@ SETTINGS = DistillSettings(
 def test_a_token_is_told_by_how_far_its_code_lies_along_the_step() -> None:
     """The gradient of the logits, by hand: as if each code had the value code . step."""
     chance = torch.Generator().manual_seed(0)
-    logits_BLV, step_BLC = torch.randn(2, 3, 4, generator=chance).requires_grad_(), torch.randn(2, 3, 2, generator=chance)
+    logits_BLV, step_BLC = (
+        torch.randn(2, 3, 4, generator=chance).requires_grad_(),
+        torch.randn(2, 3, 2, generator=chance),
+    )
     token_BL, weight_BL = logits_BLV.argmax(-1), torch.rand(2, 3, generator=chance)
     log_psi_BLV = torch.randn(2, 3, 4, generator=chance).log_softmax(-1)
     losses = token_score_loss(logits_BLV.log_softmax(-1), log_psi_BLV, step_BLC, token_BL, CODEBOOK, weight_BL)
@@ -65,6 +69,23 @@ def test_at_the_optimum_the_gradient_vanishes() -> None:
     assert student.logits_ZLV.grad.abs().max() < 1e-6
     exact_losses(student, own_VV, other_VV).total.backward()
     assert student.logits_ZLV.grad.abs().max() > 1e-3
+
+
+def test_what_the_teacher_makes_more_often_weighs_more() -> None:
+    """By the ratio of the densities of two mixtures, written out in float64."""
+    chance = torch.Generator().manual_seed(0)
+    code_BLC = CODEBOOK[torch.randint(4, (2, 3), generator=chance)]
+    noised = noised_codes(code_BLC, torch.arange(2), 5)
+    log_p_BLV, log_psi_BLV = (3 * torch.randn(2, 2, 3, 4, generator=chance)).log_softmax(-1)
+    log_p_BLV[..., 3] = -torch.inf
+    found_BLR1 = weights_of_what_lacks(noised, log_p_BLV, log_psi_BLV, CODEBOOK)
+    time_BLR1 = noised.time_BLR1.double()
+    away = noised.x_BLRC.double()[..., None, :] - (1 - time_BLR1)[..., None] * CODEBOOK.double()
+    gauss_BLRV = -away.square().sum(-1) / (2 * time_BLR1.square())
+    dense = [(gauss_BLRV + each.double().unsqueeze(2)).logsumexp(-1) for each in (log_p_BLV, log_psi_BLV)]
+    expected_BLR = (dense[0] - dense[1]).exp()
+    assert expected_BLR.max() > 5 > expected_BLR.median() > 0.05
+    torch.testing.assert_close(found_BLR1[..., 0].double(), expected_BLR.clamp(max=5), rtol=1e-3, atol=1e-3)
 
 
 class OneOfTwo(nn.Module):

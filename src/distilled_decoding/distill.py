@@ -185,7 +185,15 @@ _MATCHING: dict[str, Any] = {"warmup": 50, "ema_rate": 0.99, "muon_rate": 0.0}
 _USUAL: dict[MethodName, tuple[float, dict[str, Any]]] = {
     "trajectories": (1.0, {"num_updates": 3000, "warmup": 100, "ema_rate": 0.998}),
     "tokens": (0.1, _MATCHING | {"num_updates": 450, "on_policy": OnPolicySettings(), "tokens": TokenSettings()}),
-    "token-scores": (0.1, _MATCHING | {"num_updates": 320, "on_policy": OnPolicySettings(tracker_first=80)}),
+    "token-scores": (
+        0.1,
+        _MATCHING
+        | {
+            "num_updates": 320,
+            "on_policy": OnPolicySettings(tracker_first=60, tracker_updates=2),
+            "scores": ScoreSettings(noised=8),
+        },
+    ),
     "scores": (
         0.1,
         _MATCHING | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},

@@ -1,7 +1,7 @@
-"""Score distillation of tokens: the student takes the likeliest tokens, and their codes are noised and judged by scores.
+"""Score distillation of tokens: the student takes the likeliest ones, and scores judge their codes, noised.
 
-Both scores are exact mixtures of codes: the teacher's by its conditionals, the student's by those of the tracker of token
-matching. So there is no network of scores to learn, and no vector lies between the codes.
+Both scores are those of mixtures of codes, and exact: the teacher's by its conditionals, the student's by those of the
+tracker of token matching. So there is no network of scores to learn, and no vector lies between the codes.
 
 Axis letters: B batch, L tokens in a sequence, V codebook entries, C code channels, R noised codes of a position.
 """
@@ -13,7 +13,7 @@ import torch
 
 from distilled_decoding.codebook import lookup
 from distilled_decoding.distill import STUDENT, Forward
-from distilled_decoding.distill_scores import code_spread, expected_codes, noised_codes
+from distilled_decoding.distill_scores import code_spread, expected_codes, noised_codes, weights_of_what_lacks
 from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.losses import TokenScoreLosses, score_step, token_score_loss, unit_error
 from distilled_decoding.on_policy import ALL
@@ -39,9 +39,11 @@ class TokenScores(Tokens):
             code_BLC = lookup(drawn.token_BL, codebook_VC)
             noised = noised_codes(code_BLC, drawn.key_B, self.settings.scores.noised)
             student_BLRC = expected_codes(noised, log_psi_BLV, codebook_VC)
-            teacher_BLRC = expected_codes(noised, self.judged(drawn.token_BL, drawn.condition), codebook_VC)
+            log_p_BLV = self.judged(drawn.token_BL, drawn.condition)
+            teacher_BLRC = expected_codes(noised, log_p_BLV, codebook_VC)
             unit_BLR1 = unit_error(noised.time_BLR1, code_spread(codebook_VC))
-            step_BLC = score_step(code_BLC, student_BLRC, teacher_BLRC, unit_BLR1)
+            lacking_BLR1 = weights_of_what_lacks(noised, log_p_BLV, log_psi_BLV, codebook_VC)
+            step_BLC = score_step(code_BLC, student_BLRC, teacher_BLRC, unit_BLR1, lacking_BLR1)
         weight_BL = self.weights(known_blocks, part)
         losses = token_score_loss(drawn.log_pi_BLV, log_psi_BLV, step_BLC, drawn.token_BL, codebook_VC, weight_BL)
         return self.finished(losses, drawn, begun, known_blocks, part)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Condition
 from distilled_decoding.distill import STUDENT, Forward
-from distilled_decoding.losses import Losses, TokenLosses, token_loss, tracker_loss
+from distilled_decoding.losses import Losses, MixedLosses, token_loss, tracker_loss
 from distilled_decoding.noise import uniform
 from distilled_decoding.on_policy import ALL, Lesson, Mixed, OnPolicy, tracker_name
 from distilled_decoding.store import Shard
@@ -99,7 +99,7 @@ class Tokens(OnPolicy):
 
     def student_losses(
         self, begun: Shard, known_blocks: int, forwards: Mapping[str, Forward], part: slice = ALL
-    ) -> TokenLosses:
+    ) -> MixedLosses:
         """What the student learns from: the teacher's conditionals on its tokens (Eq. 11, 14); see `tracker_losses`."""
         drawn = self.drawn(begun, known_blocks, forwards[STUDENT])
         log_p_BLV = self.judged(drawn.token_BL, drawn.condition)

@@ -161,6 +161,26 @@ def posterior_means(x_NRC: Tensor, time_NR: Tensor, log_p_NV: Tensor, codebook_V
     return torch.cat(means)
 
 
+def log_density_ratios(
+    x_NRC: Tensor, time_NR: Tensor, log_p_NV: Tensor, log_q_NV: Tensor, codebook_VC: Tensor
+) -> Tensor:
+    """Return how much denser the path of p is than that of q at several points of each row, as logarithms (Eq. 1).
+
+    For the arguments see `posterior_means`; `log_q_NV` is as `log_p_NV`.
+
+    Returns:
+        float32 [N, R].
+    """
+    num_rows = _rows_per_chunk(len(codebook_VC), x_NRC.device)
+    ratios = []
+    rows = (each.split(num_rows) for each in (x_NRC, time_NR, log_p_NV, log_q_NV))
+    for x_KRC, time_KR, *log_KV in zip(*rows, strict=True):
+        one, other = (_Posterior(each, codebook_VC) for each in log_KV)
+        points = zip(x_KRC.float().unbind(1), time_KR.split(1, 1), strict=True)
+        ratios.append(torch.stack([one.log_mass(*point) - other.log_mass(*point) for point in points], 1))
+    return torch.cat(ratios)
+
+
 def velocity(x_NC: Tensor, time: float, mean_NC: Tensor) -> Tensor:
     """Return the velocity of the flow at x, given the expected code there (Eq. 3), [N, C]."""
     return (mean_NC - x_NC) / (1 - time)
@@ -182,18 +202,27 @@ class _Posterior:
 
     def mean(self, x_NC: Tensor, time: float | Tensor) -> Tensor:
         """Return the expected code [N, C] at one time, or at each row's own, [N, 1] (Eq. 1, 2)."""
-        scale = time / (1 - time) ** 2
-        query = self._query(x_NC * scale, -scale * time / 2)
+        query = self._query_at(x_NC, time)
         # Autocast would round the operands to 16 bits, which changes tokens.
         with torch.autocast(query.device.type, enabled=False):
             mean = F.scaled_dot_product_attention(query, self.key, self.key, attn_mask=self.mask, scale=1.0)
         return mean.view(len(x_NC), -1)[:, : self.channels]
+
+    def log_mass(self, x_NC: Tensor, time: Tensor) -> Tensor:
+        """Return the log density at x [N], but for a summand that depends on x and time alone."""
+        with torch.autocast(x_NC.device.type, enabled=False):
+            return (self._query_at(x_NC, time) @ self.key.mT + self.mask).logsumexp(-1).view(-1)
 
     def nearest(self, x_NC: Tensor) -> Tensor:
         """Return the nearest code with p > 0, int64 [N]."""
         with torch.autocast(x_NC.device.type, enabled=False):
             score = self._query(x_NC, -0.5) @ self.key.mT
         return score.masked_fill(self.mask == -math.inf, -math.inf).argmax(-1).view(-1)
+
+    def _query_at(self, x_NC: Tensor, time: float | Tensor) -> Tensor:
+        """Return queries whose products with keys are the log densities of the codes' Gaussians, but for a summand."""
+        scale = time / (1 - time) ** 2
+        return self._query(x_NC * scale, -scale * time / 2)
 
     def _query(self, x_NC: Tensor, norm_weight: float | Tensor) -> Tensor:
         """Return queries that weigh the |c|^2 channel by `norm_weight`, one or [N, 1], and the padding by 0."""

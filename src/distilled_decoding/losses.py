@@ -403,7 +403,13 @@ def score_tracker_loss(mean_BLRC: Tensor, target_BLRC: Tensor, unit_BLR1: Tensor
     return (((mean_BLRC - target_BLRC) / unit_BLR1).square().mean((-2, -1)) * weight_BL).sum()
 
 
-def score_step(code_BLC: Tensor, student_BLRC: Tensor, teacher_BLRC: Tensor, unit_BLR1: Tensor) -> Tensor:
+def score_step(
+    code_BLC: Tensor,
+    student_BLRC: Tensor,
+    teacher_BLRC: Tensor,
+    unit_BLR1: Tensor,
+    weight_BLR1: Tensor | float = 1.0,
+) -> Tensor:
     """How codes should not move, for their scores to agree: the weighed difference of both (Eq. 19), [B, L, C].
 
     Args:
@@ -411,9 +417,10 @@ def score_step(code_BLC: Tensor, student_BLRC: Tensor, teacher_BLRC: Tensor, uni
         student_BLRC: what the tracker expects at their noised points.
         teacher_BLRC: what the teacher expects there.
         unit_BLR1: see `score_tracker_loss`.
+        weight_BLR1: of each of the points.
     """
     size_BLR1 = (code_BLC.unsqueeze(2) - teacher_BLRC).abs().mean(-1, keepdim=True).maximum(_LEAST_SIZE * unit_BLR1)
-    return ((student_BLRC - teacher_BLRC) / size_BLR1).mean(2)
+    return ((student_BLRC - teacher_BLRC) / size_BLR1 * weight_BLR1).mean(2)
 
 
 def score_loss(
