@@ -9,7 +9,7 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, distill
-from distilled_decoding.distill_scores import noised_codes, weights_of_what_lacks
+from distilled_decoding.distill_scores import noised_codes, density_ratios
 from distilled_decoding.distill_token_scores import TokenScores
 from distilled_decoding.losses import OnPolicySettings, ScoreSettings, TokenScoreLosses, token_score_loss
 from distilled_decoding.on_policy import ALL
@@ -78,7 +78,7 @@ def test_what_the_teacher_makes_more_often_weighs_more() -> None:
     noised = noised_codes(code_BLC, torch.arange(2), 5)
     log_p_BLV, log_psi_BLV = (3 * torch.randn(2, 2, 3, 4, generator=chance)).log_softmax(-1)
     log_p_BLV[..., 3] = -torch.inf
-    found_BLR1 = weights_of_what_lacks(noised, log_p_BLV, log_psi_BLV, CODEBOOK)
+    found_BLR1 = density_ratios(noised, log_p_BLV, log_psi_BLV, CODEBOOK)
     time_BLR1 = noised.time_BLR1.double()
     away = noised.x_BLRC.double()[..., None, :] - (1 - time_BLR1)[..., None] * CODEBOOK.double()
     gauss_BLRV = -away.square().sum(-1) / (2 * time_BLR1.square())

@@ -28,7 +28,7 @@ class Settings:
     block_weights: tuple[float, ...] = ()
     num_updates: int = 3500
     muon_rate: float = 3.0
-    num_score_updates: int = 450
+    num_score_updates: int = 320
 
 
 def main(settings: Settings) -> None:

@@ -271,7 +271,7 @@ def expected_codes(noised: Noised, log_p_BLV: Tensor, codebook_VC: Tensor) -> Te
     return mean_NRC.view(noised.x_BLRC.shape)
 
 
-def weights_of_what_lacks(noised: Noised, log_p_BLV: Tensor, log_psi_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
+def density_ratios(noised: Noised, log_p_BLV: Tensor, log_psi_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
     """How much denser the teacher is than the student at each noised code, at most `_MOST` (Eq. 22), [B, L, R, 1].
 
     Args:

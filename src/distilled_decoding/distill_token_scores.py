@@ -13,7 +13,7 @@ import torch
 
 from distilled_decoding.codebook import lookup
 from distilled_decoding.distill import STUDENT, Forward
-from distilled_decoding.distill_scores import code_spread, expected_codes, noised_codes, weights_of_what_lacks
+from distilled_decoding.distill_scores import code_spread, expected_codes, noised_codes, density_ratios
 from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.losses import TokenScoreLosses, score_step, token_score_loss, unit_error
 from distilled_decoding.on_policy import ALL
@@ -42,7 +42,7 @@ class TokenScores(Tokens):
             log_p_BLV = self.judged(drawn.token_BL, drawn.condition)
             teacher_BLRC = expected_codes(noised, log_p_BLV, codebook_VC)
             unit_BLR1 = unit_error(noised.time_BLR1, code_spread(codebook_VC))
-            lacking_BLR1 = weights_of_what_lacks(noised, log_p_BLV, log_psi_BLV, codebook_VC)
+            lacking_BLR1 = density_ratios(noised, log_p_BLV, log_psi_BLV, codebook_VC)
             step_BLC = score_step(code_BLC, student_BLRC, teacher_BLRC, unit_BLR1, lacking_BLR1)
         weight_BL = self.weights(known_blocks, part)
         losses = token_score_loss(drawn.log_pi_BLV, log_psi_BLV, step_BLC, drawn.token_BL, codebook_VC, weight_BL)
