@@ -13,7 +13,7 @@ import torch
 
 from distilled_decoding.codebook import lookup
 from distilled_decoding.distill import STUDENT, Forward
-from distilled_decoding.distill_scores import code_spread, expected_codes, noised_codes, density_ratios
+from distilled_decoding.distill_scores import code_spread, density_ratios, expected_codes, noised_codes
 from distilled_decoding.distill_tokens import Tokens
 from distilled_decoding.losses import TokenScoreLosses, score_step, token_score_loss, unit_error
 from distilled_decoding.on_policy import ALL
