@@ -1,54 +1,56 @@
 """The student: python -m recipes.fashion_mnist.train_student --model DIR --trajectories DIR --out DIR.
 
-Regression on trajectories first, which teaches it what noise stands for, then score distillation of its tokens. The
-whole model lies in OUT/model; the same command goes on where it was stopped.
+Regression on trajectories first, which teaches it what noise stands for, then the teacher's judgement of what it makes
+itself. The whole model lies in OUT/model; the same command goes on where it was stopped.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 
-from distilled_decoding.distill import DistillSettings, usual_settings
+from distilled_decoding.distill import DistillSettings, MethodName, usual_settings
 from distilled_decoding.pipeline import Pipeline
 from distilled_decoding.store import TrajectoryStore
+from distilled_decoding.student import Head
 from distilled_decoding.training_command import distill_student
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a student in two stretches."""
+    """Train a student in two stretches; `method` is that of the second, which takes its usual settings."""
 
     model: Path
     trajectories: Path
     out: Path
+    head: Head = "code"
     start_blocks: tuple[int, ...] = (0, 20)
     start_weights: tuple[float, ...] = (0.7, 0.3)
-    block_weights: tuple[float, ...] = ()
     num_updates: int = 3500
+    warmup: int = 200
     muon_rate: float = 3.0
-    num_score_updates: int = 320
+    method: MethodName = "token-scores"
 
 
 def main(settings: Settings) -> None:
     """Train and write both models."""
     torch.set_num_threads(2)
     first = DistillSettings(
+        head=settings.head,
         num_updates=settings.num_updates,
+        warmup=settings.warmup,
         muon_rate=settings.muon_rate,
-        warmup=200,
         start_blocks=settings.start_blocks,
         start_weights=settings.start_weights,
-        block_weights=settings.block_weights,
         compile=True,
     )
-    then = replace(usual_settings("token-scores", first, first.head), num_updates=settings.num_score_updates)
+    then = usual_settings(settings.method, first, first.head)
     teacher, store = Pipeline.from_pretrained(settings.model), TrajectoryStore.open(settings.trajectories)
     folder = settings.out / "regressed"
     regressed = distill_student(str(settings.model), teacher, store, folder, first, title="1/2 regression")
-    matched = settings.out / "matched"
-    student = distill_student(str(folder), regressed, None, matched, then, title="2/2 token scores", start="student")
+    matched, title = settings.out / "matched", f"2/2 {settings.method}"
+    student = distill_student(str(folder), regressed, None, matched, then, title=title, start="student")
     # The second stretch needs the first one's student, so what `distill` does by default with this model is the first.
     student.with_settings(training=first).save_pretrained(settings.out / "model")
 
