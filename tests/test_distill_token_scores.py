@@ -9,8 +9,8 @@ from distilled_decoding.blocks import BlockOrder
 from distilled_decoding.codebook import lookup
 from distilled_decoding.condition import Classes, Condition
 from distilled_decoding.distill import STUDENT, DistillSettings, distill
-from distilled_decoding.distill_scores import density_ratios, noised_codes
-from distilled_decoding.distill_token_scores import TokenScores
+from distilled_decoding.distill_scores import noised_codes
+from distilled_decoding.distill_token_scores import TokenScores, density_ratios
 from distilled_decoding.losses import OnPolicySettings, ScoreSettings, TokenScoreLosses, token_score_loss
 from distilled_decoding.on_policy import ALL
 from distilled_decoding.sampling import Plan

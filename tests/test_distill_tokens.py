@@ -452,6 +452,10 @@ def test_at_first_the_trackers_alone_learn() -> None:
     assert names == ("trajectories", "tokens", "token-scores", "scores")
     assert [usual_settings(name, DistillSettings(), "code").first_update for name in names] == [0, 120, 60, 500]
     assert [replace(SETTINGS, method=name).first_update for name in names] == [0, 2, 2, 2]
+    noised = [
+        usual_settings(name, usual_settings("token-scores", SETTINGS, "code"), "code").scores.noised for name in names
+    ]
+    assert noised == [8, 8, 8, 4]
 
 
 def test_what_needs_trajectories_says_so() -> None:

@@ -65,7 +65,7 @@ class DistillSettings:
         loss: weights of the parts of the loss on trajectories.
         on_policy: of all methods but `trajectories`.
         tokens: of the method `tokens` alone.
-        scores: of the method `scores`, and of them `noised` of `token-scores`, too.
+        scores: of the method `scores`; `token-scores` reads `noised` alone.
         bf16: run student, trackers and teacher under bfloat16 autocast.
         compile: use torch.compile: about twice as fast, after a wait; needs a C++ compiler on a CPU.
         seed: of the training order, the starting blocks and, without trajectories, the noise.
@@ -196,7 +196,12 @@ _USUAL: dict[MethodName, tuple[float, dict[str, Any]]] = {
     ),
     "scores": (
         0.1,
-        _MATCHING | {"num_updates": 1000, "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4)},
+        _MATCHING
+        | {
+            "num_updates": 1000,
+            "on_policy": OnPolicySettings(tracker_first=500, tracker_updates=4),
+            "scores": ScoreSettings(),
+        },
     ),
 }
 

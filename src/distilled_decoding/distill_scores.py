@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distilled_decoding.codebook import lookup, nearest
 from distilled_decoding.condition import Condition, stand_ins
 from distilled_decoding.distill import STUDENT, Forward
-from distilled_decoding.flow import log_density_ratios, posterior_means
+from distilled_decoding.flow import posterior_means
 from distilled_decoding.losses import (
     Losses,
     Noised,
@@ -40,9 +40,6 @@ _TIME_STREAM, _NOISE_STREAM, _TEACHER_STREAM = 11, 12, 13
 
 _TIMES = (0.02, 0.98)
 """Where vectors are looked at: at 0 there is no score, and at 1 nothing is left to tell."""
-
-_MOST = 5.0
-"""Largest weight of a noised code that the teacher would make more often."""
 
 _WAVES = 8
 """Frequencies by which the head reads a time."""
@@ -269,21 +266,6 @@ def expected_codes(noised: Noised, log_p_BLV: Tensor, codebook_VC: Tensor) -> Te
     time_NR = 1 - noised.time_BLR1.flatten(0, 1).squeeze(-1)
     mean_NRC = posterior_means(noised.x_BLRC.flatten(0, 1), time_NR, log_p_BLV.flatten(0, 1), codebook_VC)
     return mean_NRC.view(noised.x_BLRC.shape)
-
-
-def density_ratios(noised: Noised, log_p_BLV: Tensor, log_psi_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
-    """How much denser the teacher is than the student at each noised code, at most `_MOST` (Eq. 22), [B, L, R, 1].
-
-    Args:
-        noised: codes.
-        log_p_BLV: the teacher's log probabilities of their tokens.
-        log_psi_BLV: the tracker's.
-        codebook_VC: the codes.
-    """
-    time_NR = 1 - noised.time_BLR1.flatten(0, 1).squeeze(-1)
-    log_p_NV, log_psi_NV = log_p_BLV.flatten(0, 1), log_psi_BLV.flatten(0, 1)
-    ratio_NR = log_density_ratios(noised.x_BLRC.flatten(0, 1), time_NR, log_p_NV, log_psi_NV, codebook_VC)
-    return ratio_NR.exp().clamp(max=_MOST).view(noised.time_BLR1.shape)
 
 
 def code_spread(codebook_VC: Tensor) -> Tensor:

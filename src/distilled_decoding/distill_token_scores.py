@@ -10,14 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distilled_decoding.codebook import lookup
 from distilled_decoding.distill import STUDENT, Forward
-from distilled_decoding.distill_scores import code_spread, density_ratios, expected_codes, noised_codes
+from distilled_decoding.distill_scores import code_spread, expected_codes, noised_codes
 from distilled_decoding.distill_tokens import Tokens
-from distilled_decoding.losses import TokenScoreLosses, score_step, token_score_loss, unit_error
+from distilled_decoding.flow import log_density_ratios
+from distilled_decoding.losses import Noised, TokenScoreLosses, score_step, token_score_loss, unit_error
 from distilled_decoding.on_policy import ALL
 from distilled_decoding.store import Shard
+
+_MOST = 5.0
+"""Largest weight of a noised code that the teacher would make more often."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +47,23 @@ class TokenScores(Tokens):
             log_p_BLV = self.judged(drawn.token_BL, drawn.condition)
             teacher_BLRC = expected_codes(noised, log_p_BLV, codebook_VC)
             unit_BLR1 = unit_error(noised.time_BLR1, code_spread(codebook_VC))
-            lacking_BLR1 = density_ratios(noised, log_p_BLV, log_psi_BLV, codebook_VC)
-            step_BLC = score_step(code_BLC, student_BLRC, teacher_BLRC, unit_BLR1, lacking_BLR1)
+            ratio_BLR1 = density_ratios(noised, log_p_BLV, log_psi_BLV, codebook_VC)
+            step_BLC = score_step(code_BLC, student_BLRC, teacher_BLRC, unit_BLR1, ratio_BLR1)
         weight_BL = self.weights(known_blocks, part)
         losses = token_score_loss(drawn.log_pi_BLV, log_psi_BLV, step_BLC, drawn.token_BL, codebook_VC, weight_BL)
-        return self.finished(losses, drawn, begun, known_blocks, part)
+        return self.complete(losses, drawn, begun, known_blocks, part)
+
+
+def density_ratios(noised: Noised, log_p_BLV: Tensor, log_psi_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """How much denser the teacher is than the student at each noised code, at most `_MOST` (Eq. 22), [B, L, R, 1].
+
+    Args:
+        noised: codes.
+        log_p_BLV: the teacher's log probabilities of their tokens.
+        log_psi_BLV: the tracker's.
+        codebook_VC: the codes.
+    """
+    time_NR = 1 - noised.time_BLR1.flatten(0, 1).squeeze(-1)
+    log_p_NV, log_psi_NV = log_p_BLV.flatten(0, 1), log_psi_BLV.flatten(0, 1)
+    ratio_NR = log_density_ratios(noised.x_BLRC.flatten(0, 1), time_NR, log_p_NV, log_psi_NV, codebook_VC)
+    return ratio_NR.exp().clamp(max=_MOST).view(noised.time_BLR1.shape)

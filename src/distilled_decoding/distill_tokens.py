@@ -47,7 +47,7 @@ class Drawn:
     Attributes:
         output: its predictions.
         log_pi_BLV: the distributions that its tokens come from, float32.
-        token_BL: known tokens, and behind them those that were drawn.
+        token_BL: known tokens, and behind them those that it made.
         condition: what was asked for.
         key_B: keys of the images.
     """
@@ -107,21 +107,21 @@ class Tokens(OnPolicy):
             log_psi_BLV = self.followed(drawn, known_blocks, forwards)
         weight_BL, order, settings = self.weights(known_blocks, part), self.teacher.order, self.settings.tokens
         losses = token_loss(drawn.log_pi_BLV, log_psi_BLV, log_p_BLV, drawn.token_BL, weight_BL, order, settings)
-        return self.finished(losses, drawn, begun, known_blocks, part)
+        return self.complete(losses, drawn, begun, known_blocks, part)
 
     def followed(self, drawn: Drawn, known_blocks: int, forwards: Mapping[str, Forward]) -> Tensor:
         """The log probabilities that the tracker of a start gives all tokens, float32 [B, L, V]."""
         return self.track(forwards[tracker_name(known_blocks)], drawn.token_BL, drawn.condition)
 
-    def finished(self, losses: Mixed, drawn: Drawn, begun: Shard, known_blocks: int, part: slice) -> Mixed:
-        """A student's losses with all that belongs to them beside its tokens, see `mixed`."""
+    def complete(self, losses: Mixed, drawn: Drawn, begun: Shard, known_blocks: int, part: slice) -> Mixed:
+        """A student's losses with a gradient, zero, for a code head that is not read, and the loss on trajectories."""
         if drawn.output.code_BLC is not None:
             # The code head has no say, but processes wait for a gradient of every parameter.
             losses = replace(losses, total=losses.total + 0 * drawn.output.code_BLC.sum())
         return self.mixed(losses, drawn.output, begun, known_blocks, part)
 
     def drawn(self, begun: Shard, known_blocks: int, student: Forward) -> Drawn:
-        """Let a student finish sequences, each token drawn by its image's own key, as in sampling.
+        """Let a student finish sequences, its tokens taken or drawn as in sampling.
 
         Args:
             begun: some rows of a batch.

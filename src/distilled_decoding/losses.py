@@ -211,7 +211,7 @@ class TokenScoreLosses(MixedLosses):
     """The parts of the loss on the scores of a student's own tokens, means over unknown tokens.
 
     Attributes:
-        difference: of the two expected codes, as the student follows it, root mean square over channels (Eq. 19).
+        difference: of the two expected codes, as the student follows it, root mean square over channels (Eq. 22).
         entropy: of the distributions whose likeliest tokens it takes.
         tracker: the tracker's cross-entropy on them, before it learns from them (Eq. 12).
     """
@@ -410,7 +410,7 @@ def score_step(
     unit_BLR1: Tensor,
     weight_BLR1: Tensor | float = 1.0,
 ) -> Tensor:
-    """How codes should not move, for their scores to agree: the weighed difference of both (Eq. 19), [B, L, C].
+    """The gradient that codes go down, for their scores to agree: both's weighed difference (Eq. 19, 22), [B, L, C].
 
     Args:
         code_BLC: the codes.
@@ -441,13 +441,13 @@ def score_loss(
         unit_BLR1: see `score_tracker_loss`, like the next.
         weight_BL: weights.
     """
-    held_BL1C = code_BLC.detach().unsqueeze(2)
-    step_BLC = score_step(held_BL1C.squeeze(2), student_BLRC, teacher_BLRC, unit_BLR1)
+    held_BLC = code_BLC.detach()
+    step_BLC = score_step(held_BLC, student_BLRC, teacher_BLRC, unit_BLR1)
     # Its gradient to the vectors is the step itself, over C.
-    total = 0.5 * ((code_BLC - (held_BL1C.squeeze(2) - step_BLC)).square().mean(-1) * weight_BL).sum()
+    total = 0.5 * ((code_BLC - (held_BLC - step_BLC)).square().mean(-1) * weight_BL).sum()
     difference = (step_BLC.square().mean(-1).sqrt() * weight_BL).sum()
-    gap = ((held_BL1C.squeeze(2) - nearest_BLC).square().sum(-1) * weight_BL).sum()
-    tracker = score_tracker_loss(student_BLRC, held_BL1C, unit_BLR1, weight_BL)
+    gap = ((held_BLC - nearest_BLC).square().sum(-1) * weight_BL).sum()
+    tracker = score_tracker_loss(student_BLRC, held_BLC.unsqueeze(2), unit_BLR1, weight_BL)
     return ScoreLosses(total, total.new_zeros(()), difference, gap, tracker)
 
 
@@ -473,6 +473,6 @@ def token_score_loss(
     # The gradient of the expected code stands for that of the likeliest token's, which has none.
     total = (((pi_BLV @ codebook_VC) * step_BLC).mean(-1) * weight_BL).sum()
     difference = (step_BLC.square().mean(-1).sqrt() * weight_BL).sum()
-    entropy = -((pi_BLV * log_pi_BLV).sum(-1) * weight_BL).sum()
+    entropy = -((pi_BLV.detach() * log_pi_BLV.detach()).sum(-1) * weight_BL).sum()
     tracker = tracker_loss(log_psi_BLV, token_BL, weight_BL).detach()
-    return TokenScoreLosses(total, total.new_zeros(()), difference, entropy.detach(), tracker)
+    return TokenScoreLosses(total, total.new_zeros(()), difference, entropy, tracker)

@@ -149,7 +149,7 @@ class Teacher(Protocol):
     def forced_logits(self, token_BL: Tensor, condition: Condition, guidance: Guidance) -> Tensor:
         """Guided logits of every token given the blocks before its own, in one pass, float32 [B, L, V].
 
-        Gradients flow to the weights: token matching trains a copy through this.
+        Gradients flow to the weights: token matching and token scores train a copy through this.
 
         Args:
             token_BL: int64 tokens of whole sequences.

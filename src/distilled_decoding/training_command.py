@@ -153,12 +153,12 @@ def _resolved(
     """The settings and the split of a training, where not given those of the model, checked against its blocks."""
     settings = replace(settings, start_blocks=settings.start_blocks or pipeline.config.start_blocks)
     num_blocks = pipeline.teacher.order.num_blocks
-    logits = (num_blocks, "logits")
-    on_policy = {"tokens": logits, "token-scores": logits, "scores": (0, "code head")}.get(settings.method)
-    trained = logits if settings.head == "flow" else on_policy
-    default = trained[0] if trained else pipeline.config.split_block
+    on_policy = settings.method in ON_POLICY
+    trained = (0, "code head") if settings.method == "scores" else (num_blocks, "logits")
+    one_head = on_policy or settings.head == "flow"
+    default = trained[0] if one_head else pipeline.config.split_block
     split_block = default if split_block is None else split_block
-    if trained and split_block != default:
+    if one_head and split_block != default:
         flag = f"--method {settings.method}" if on_policy else f"--head {settings.head}"
         raise ValueError(
             f"{flag} trains the {trained[1]} alone, from which all {num_blocks} blocks are then "
@@ -290,8 +290,9 @@ def plan_distillation(
     speed = flops_per_second(torch.device(device), settings.bf16)
     tracker = pipeline.new_tracker() if on_policy else None
     sampling = pipeline.config.sampling
-    where = (speed, torch.device(device), run)
-    cost = distillation_cost(pipeline.teacher, student, settings, *where, on_policy, tracker, sampling)
+    cost = distillation_cost(
+        pipeline.teacher, student, settings, speed, torch.device(device), run, on_policy, tracker, sampling
+    )
     what = {"updates": settings.num_updates, "batch_size": settings.batch_size, "trajectories": num}
     return {**what, "device": device, **cost.readable()}
 
