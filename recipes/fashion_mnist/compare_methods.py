@@ -60,7 +60,7 @@ def student_of(folder: Path) -> Pipeline:
 
 def draw(curves: dict[str, list[tuple[float, ...]]], title: str, out: Path) -> None:
     """Both distances over time; a point is seconds, distance to the teacher's samples, distance to the test images."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     for column, (axes, whose) in enumerate(
         zip(figure.subplots(1, 2), ("teacher's samples", "test images"), strict=True), 1
     ):
@@ -74,7 +74,8 @@ def draw(curves: dict[str, list[tuple[float, ...]]], title: str, out: Path) -> N
             )
         axes.set(xlabel="seconds of training", ylabel=f"Fréchet distance to the {whose}", ylim=(0, None))
         axes.grid(alpha=0.25)
-    figure.axes[0].legend(fontsize=8)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title)
     figure.savefig(out, dpi=150)
 
