@@ -210,7 +210,7 @@ def usual_settings(method: MethodName, trained: DistillSettings, head: Head) -> 
     """What a method takes where nothing else is said: all of the model's settings, where it was trained by this method.
 
     Otherwise what the method reads alone is its own, and so are length and warm-up, which suit models of the shipped
-    size. All others learn at a tenth of the rate of trajectories.
+    size. All methods but trajectories learn at a tenth of its rate.
     """
     if method == trained.method:
         return trained

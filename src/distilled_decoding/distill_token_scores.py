@@ -55,7 +55,7 @@ class TokenScores(Tokens):
 
 
 def density_ratios(noised: Noised, log_p_BLV: Tensor, log_psi_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
-    """How much denser the teacher is than the student at each noised code, at most `_MOST` (Eq. 22), [B, L, R, 1].
+    """How much denser the teacher is than the student at each noised code, at most 5 (Eq. 22), [B, L, R, 1].
 
     Args:
         noised: codes.
