@@ -4,7 +4,7 @@ Regression on trajectories first, which teaches it what noise stands for, then t
 itself. The whole model lies in OUT/model; the same command goes on where it was stopped.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from distilled_decoding.training_command import distill_student
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a student in two stretches; `method` is that of the second, which takes its usual settings."""
+    """Train a student in two stretches: regression, and `method` with its usual settings and the `matching` weights."""
 
     model: Path
     trajectories: Path
@@ -31,6 +31,8 @@ class Settings:
     warmup: int = 200
     muon_rate: float = 3.0
     method: MethodName = "token-scores"
+    matching_start_weights: tuple[float, ...] = (0.6, 0.4)
+    matching_block_weights: tuple[float, ...] = (4.0,) * 8 + (2.0,) * 12 + (1.0,) * 44
 
 
 def main(settings: Settings) -> None:
@@ -45,7 +47,11 @@ def main(settings: Settings) -> None:
         start_weights=settings.start_weights,
         compile=True,
     )
-    then = usual_settings(settings.method, first, first.head)
+    then = replace(
+        usual_settings(settings.method, first, first.head),
+        start_weights=settings.matching_start_weights,
+        block_weights=settings.matching_block_weights,
+    )
     teacher, store = Pipeline.from_pretrained(settings.model), TrajectoryStore.open(settings.trajectories)
     folder = settings.out / "regressed"
     regressed = distill_student(str(settings.model), teacher, store, folder, first, title="1/2 regression")

@@ -189,8 +189,8 @@ _USUAL: dict[MethodName, tuple[float, dict[str, Any]]] = {
         0.1,
         _MATCHING
         | {
-            "num_updates": 320,
-            "on_policy": OnPolicySettings(tracker_first=60, tracker_updates=2),
+            "num_updates": 200,
+            "on_policy": OnPolicySettings(tracker_first=40, tracker_updates=4),
             "scores": ScoreSettings(noised=8),
         },
     ),
