@@ -450,7 +450,7 @@ def test_at_first_the_trackers_alone_learn() -> None:
     assert method.lessons(1)[0] == method.lessons(2)[0] == method.tracker_losses
     names = get_args(MethodName)
     assert names == ("trajectories", "tokens", "token-scores", "scores")
-    assert [usual_settings(name, DistillSettings(), "code").first_update for name in names] == [0, 120, 60, 500]
+    assert [usual_settings(name, DistillSettings(), "code").first_update for name in names] == [0, 120, 40, 500]
     assert [replace(SETTINGS, method=name).first_update for name in names] == [0, 2, 2, 2]
     noised = [
         usual_settings(name, usual_settings("token-scores", SETTINGS, "code"), "code").scores.noised for name in names

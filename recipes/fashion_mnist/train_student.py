@@ -19,7 +19,12 @@ from distilled_decoding.training_command import distill_student
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a student in two stretches: regression, and `method` with its usual settings and the `matching` weights."""
+    """Train a student in two stretches, with the settings of fashion-llamagen's unless said.
+
+    Regression reads `start_weights` and what stands from `num_updates` to `muon_rate`. Then comes `method`, with its
+    usual settings and the weights called `matching`: block weights are those of a row of eight tokens, of the others in
+    front of the second start, and of the rest; none weigh all blocks alike.
+    """
 
     model: Path
     trajectories: Path
@@ -53,6 +58,7 @@ def main(settings: Settings) -> None:
         block_weights=settings.matching_block_weights,
     )
     teacher, store = Pipeline.from_pretrained(settings.model), TrajectoryStore.open(settings.trajectories)
+    then.check(teacher.teacher.order, teacher.config.split_block)  # not only behind the first stretch
     folder = settings.out / "regressed"
     regressed = distill_student(str(settings.model), teacher, store, folder, first, title="1/2 regression")
     matched, title = settings.out / "matched", f"2/2 {settings.method}"
