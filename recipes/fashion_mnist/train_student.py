@@ -23,7 +23,7 @@ class Settings:
 
     Regression reads `start_weights` and what stands from `num_updates` to `muon_rate`. Then comes `method`, with its
     usual settings and the weights called `matching`: block weights are those of a row of eight tokens, of the others in
-    front of the second start, and of the rest; none weigh all blocks alike.
+    front of the second start, and of the rest; where none are given all blocks weigh alike.
     """
 
     model: Path
@@ -58,7 +58,8 @@ def main(settings: Settings) -> None:
         block_weights=settings.matching_block_weights,
     )
     teacher, store = Pipeline.from_pretrained(settings.model), TrajectoryStore.open(settings.trajectories)
-    then.check(teacher.teacher.order, teacher.config.split_block)  # not only behind the first stretch
+    # What does not fit the second stretch shall be known before the first, which takes half an hour.
+    then.check(teacher.teacher.order, teacher.config.split_block)
     folder = settings.out / "regressed"
     regressed = distill_student(str(settings.model), teacher, store, folder, first, title="1/2 regression")
     matched, title = settings.out / "matched", f"2/2 {settings.method}"
